@@ -1,0 +1,554 @@
+"""
+Tests of matmla.py against an oracle that shares nothing with it: loops over heads and positions in float64,
+written from the equations of DeepSeek-V2 (arXiv:2405.04434) and RoFormer (arXiv:2104.09864).
+
+    python -m pytest
+"""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import matmla
+from matmla import ATTENTION, GPT, Config, attend, rope
+
+torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
+HERE = Path(__file__).parent
+NESTED, LATENT = ["nested_mha", "matmla"], ["mla", "matmla"]
+TIGHT = 1e-10    # float64: rounding only
+LOOSE = 1e-5     # float32
+
+# All sizes differ, so that a swapped axis cannot go unseen.
+SIZES = dict(
+    vocab_size=37, context=64, n_layer=2, d=40, n_h=6, n_kv=3, d_h=10, d_c=14, d_cq=22, d_R=8, d_ff=36, budgets=(6, 4, 1)
+)
+B, T = 2, 13
+
+
+def make(attention, seed=0, dtype=torch.float64, **sizes):
+    """A model with weights large enough that attention is far from uniform, and norms that are not all ones."""
+    torch.manual_seed(seed)
+    model = GPT(Config(attention=attention, **SIZES | sizes)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 2 else 1))
+    return model
+
+
+def some_tokens(batch=B, length=T, seed=1):
+    return torch.randint(SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def budgets_of(attention):
+    return (6, 5, 4, 1) if attention in NESTED else (6,)
+
+
+every_variant = pytest.mark.parametrize("attention", ATTENTION)
+every_nested = pytest.mark.parametrize("attention", NESTED)
+every_latent = pytest.mark.parametrize("attention", LATENT)
+
+# ---------------------------------------------------------------- the oracle
+
+
+def oracle_rope(v, t, base):
+    """v [width] at position t: every pair (v0, v1), (v2, v3), ... times a 2×2 rotation. RoFormer (15)."""
+    out = []
+    for i in range(len(v) // 2):
+        angle = t * base ** (-2 * i / len(v))
+        out.append(math.cos(angle) * v[2 * i] - math.sin(angle) * v[2 * i + 1])
+        out.append(math.sin(angle) * v[2 * i] + math.cos(angle) * v[2 * i + 1])
+    return torch.stack(out)
+
+
+def oracle_rmsnorm(v, norm):
+    return v / math.sqrt((v @ v).item() / len(v) + norm.eps) * norm.weight
+
+
+def part(W, i, width):
+    """The rows of W that belong to head i."""
+    return W.weight[i * width : (i + 1) * width]
+
+
+def oracle_attention(a, c, h, m):
+    """One layer. h: list of T vectors [d]; m: the budget of every one of the T queries. Returns T vectors [d]."""
+    u = [torch.zeros(c.d, dtype=torch.float64) for _ in h]
+    latent = c.attention in LATENT
+    if latent:
+        c_Q = [oracle_rmsnorm(a.W_DQ.weight @ x, a.norm_Q) if c.d_cq else x for x in h]            # (37)
+        c_KV = [oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV) for x in h]                          # (41)
+        k_R = [oracle_rope(a.W_KR.weight @ x, t, c.rope_base) for t, x in enumerate(h)]            # (43)
+    for i in range(c.n_h):
+        if latent:
+            q = [
+                torch.cat((part(a.W_UQ, i, c.d_h) @ x, oracle_rope(part(a.W_QR, i, c.d_R) @ x, t, c.rope_base)))
+                for t, x in enumerate(c_Q)                                                         # (38)-(40)
+            ]
+            k = [torch.cat((part(a.W_UK, i, c.d_h) @ x, k_R[s])) for s, x in enumerate(c_KV)]      # (42) (44)
+            v = [part(a.W_UV, i, c.d_h) @ x for x in c_KV]                                         # (45)
+        else:
+            j = i // (c.n_h // c.n_kv) if c.attention == "gqa" else i
+            q = [oracle_rope(part(a.W_Q, i, c.d_h) @ x, t, c.rope_base) for t, x in enumerate(h)]  # (1) (4)
+            k = [oracle_rope(part(a.W_K, j, c.d_h) @ x, t, c.rope_base) for t, x in enumerate(h)]  # (2) (5)
+            v = [part(a.W_V, j, c.d_h) @ x for x in h]                                             # (3) (6)
+        for t in range(len(h)):
+            if i < m[t]:
+                scores = torch.stack([q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(t + 1)])
+                p = scores.exp() / scores.exp().sum()
+                o = sum(p[s] * v[s] for s in range(t + 1))                                         # (7) (46)
+                u[t] = u[t] + a.W_O.weight[:, i * c.d_h : (i + 1) * c.d_h] @ o                     # (8) (47)
+    return u
+
+
+@torch.no_grad()
+def oracle(model, tokens, budgets=None):
+    """Logits [T, vocab_size] of one sequence [T], budgets: one for each of its tokens."""
+    c = model.config
+    budgets = [c.n_h] * len(tokens) if budgets is None else budgets
+    x = [model.embed.weight[t] for t in tokens]
+    for block in model.blocks:
+        u = oracle_attention(block.attention, c, [oracle_rmsnorm(v, block.norm_attention) for v in x], budgets)
+        x = [v + w for v, w in zip(x, u)]
+        f = block.feed_forward
+        for t, v in enumerate(x):
+            v = oracle_rmsnorm(v, block.norm_feed_forward)
+            g = f.W_gate.weight @ v
+            x[t] = x[t] + f.W_down.weight @ (g / (1 + (-g).exp()) * (f.W_up.weight @ v))
+    return torch.stack([model.unembed.weight @ oracle_rmsnorm(v, model.norm) for v in x])
+
+
+def chunked(model, tokens, lengths, heads):
+    """Logits of tokens [B, T] fed through a cache in chunks, each at its own budget; and the cache."""
+    cache = model.new_cache(len(tokens), tokens.shape[1])
+    chunks = tokens.split(lengths, 1)
+    logits = [model(chunk, heads=m, cache=cache)[0] for chunk, m in zip(chunks, heads)]
+    assert cache.length == tokens.shape[1]
+    return torch.cat(logits, 1), cache
+
+
+# ---------------------------------------------------------------- equal to the oracle
+
+
+@every_variant
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, TIGHT), (torch.float32, LOOSE)])
+def test_logits_equal_oracle_at_every_budget(attention, dtype, tolerance):
+    for d_cq in (SIZES["d_cq"], 0):
+        model, tokens = make(attention, d_cq=d_cq), some_tokens()
+        for m in budgets_of(attention):
+            expected = torch.stack([oracle(model.double(), sequence, [m] * T) for sequence in tokens])
+            assert error(model.to(dtype)(tokens, heads=m)[0], expected) < tolerance
+
+
+def test_softmax_scale_is_one_over_root_of_whole_query_width():
+    """1/√(d_h + d_R), not 1/√d_h: with one key far ahead of the others, the two differ by much."""
+    for attention, width in (("mla", 18), ("matmla", 18), ("mha", 10), ("nested_mha", 10), ("gqa", 10)):
+        scales = []
+        real = matmla.attend
+        try:
+            matmla.attend = lambda q, k, v, positions, scale: (scales.append(scale), real(q, k, v, positions, scale))[1]
+            make(attention)(some_tokens())
+        finally:
+            matmla.attend = real
+        assert scales == [width**-0.5] * SIZES["n_layer"], attention
+
+
+def test_rope_turns_interleaved_pairs_by_position():
+    x, positions = torch.randn(B, T, 3, 8, dtype=torch.float64), torch.arange(5, 5 + T)
+    expected = [[[oracle_rope(x[b, t, n], 5 + t, 100.0) for n in range(3)] for t in range(T)] for b in range(B)]
+    expected = torch.stack([torch.stack([torch.stack(n) for n in b]) for b in expected])
+    assert error(rope(x, positions, 100.0), expected) < TIGHT
+    assert error(rope(x[:, :, 0], positions, 100.0), expected[:, :, 0]) < TIGHT                   # one key for all heads
+
+
+def test_rope_in_bfloat16_tells_late_positions_apart():
+    x = torch.ones(1, 2, 8, dtype=torch.bfloat16)
+    turned = rope(x, torch.tensor([1000, 1001]), 1e4)
+    assert error(turned.double(), rope(x.double(), torch.tensor([1000, 1001]), 1e4)) < 1e-2
+
+
+def test_attend_returns_values_at_their_own_width():
+    q, k, v = torch.randn(B, T, 6, 10), torch.randn(B, T, 3, 10), torch.randn(B, T, 3, 7)
+    for queries in (T, 5, 1):
+        assert attend(q[:, -queries:], k, v, torch.arange(T - queries, T), 1.0).shape == (B, queries, 6, 7)
+
+
+def test_gqa_with_as_many_kv_heads_is_mha():
+    mha, gqa = make("mha"), make("gqa", n_kv=6)
+    gqa.load_state_dict(mha.state_dict())
+    assert error(gqa(some_tokens())[0], mha(some_tokens())[0]) < TIGHT
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@every_variant
+@pytest.mark.parametrize("short", [0, math.inf], ids=["naive", "absorbed"])
+@pytest.mark.parametrize("lengths", [[1] * 13, [7, 1, 5], [13]], ids=["1+1+...", "7+1+5", "whole"])
+def test_any_chunking_equals_uncached(attention, short, lengths):
+    model, tokens = make(attention), some_tokens()
+    for block in model.blocks:
+        block.attention.short = short if attention in LATENT else 0
+    for m in budgets_of(attention):
+        logits, _ = chunked(model, tokens, lengths, [m] * len(lengths))
+        assert error(logits, model(tokens, heads=m)[0]) < TIGHT
+
+
+@every_variant
+def test_decoding_continues_rope_positions(attention):
+    """With RoPE from position 0 for every new token, the last key would be no farther than the first."""
+    model, tokens = make(attention, n_layer=1), some_tokens(1)
+    for short in (0, math.inf) if attention in LATENT else (0,):
+        model.blocks[0].attention.short = short
+        logits, cache = chunked(model, tokens, [12, 1], [6, 6])
+        assert error(logits[0], oracle(model, tokens[0])) < TIGHT
+    whole = model.new_cache(1, T)
+    model(tokens, cache=whole)
+    assert error(cache.rows, whole.rows) < TIGHT                                                   # keys too
+
+
+@every_variant
+def test_chunk_after_a_cache_is_causal(attention):
+    """A token must not change what an earlier token of its own chunk sees, and must change what it sees itself."""
+    model, tokens = make(attention), some_tokens()
+    for short in (0, math.inf) if attention in LATENT else (0,):
+        for block in model.blocks:
+            block.attention.short = short
+        before, _ = chunked(model, tokens, [8, 5], [6, 6])
+        for t in range(8, T):
+            changed = tokens.clone()
+            changed[:, t] = (changed[:, t] + 1) % SIZES["vocab_size"]
+            after, _ = chunked(model, changed, [8, 5], [6, 6])
+            assert torch.equal(after[:, :t], before[:, :t])
+            assert not torch.allclose(after[:, t], before[:, t])
+            if t + 1 < T:
+                assert not torch.allclose(after[:, t + 1], before[:, t + 1])
+
+
+@every_latent
+def test_cache_holds_the_normed_latent_and_the_rotated_key(attention):
+    model, tokens = make(attention, n_layer=1), some_tokens(1)
+    a, c = model.blocks[0].attention, model.config
+    cache = model.new_cache(1, T)
+    for chunk in tokens.split([4, 9], 1):
+        model(chunk, cache=cache)
+    for t, token in enumerate(tokens[0]):
+        x = oracle_rmsnorm(model.embed.weight[token], model.blocks[0].norm_attention)
+        c_KV, k_R = cache.rows[0, 0, t].split((c.d_c, c.d_R))
+        assert error(c_KV, oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV)) < TIGHT, "c_KV is cached after its norm"
+        assert error(k_R, oracle_rope(a.W_KR.weight @ x, t, c.rope_base)) < TIGHT, "k_R is cached after RoPE"
+
+
+@every_variant
+def test_cache_bytes_are_numbers_per_token_times_everything(attention):
+    numbers = {"mha": 2 * 6 * 10, "nested_mha": 2 * 6 * 10, "gqa": 2 * 3 * 10, "mla": 14 + 8, "matmla": 14 + 8}[attention]
+    for dtype, size in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)):
+        cache = make(attention, dtype=dtype).new_cache(3, 17)
+        assert cache.nbytes == numbers * SIZES["n_layer"] * size * 17 * 3
+        assert cache.nbytes == cache.rows.untyped_storage().nbytes()
+        assert cache.length == 0
+
+
+# ---------------------------------------------------------------- the budget
+
+
+def first_heads(model, m):
+    """A separate fixed-head model that holds only the first m heads' weights."""
+    c = model.config
+    fixed = {"nested_mha": "mha", "matmla": "mla"}[c.attention]
+    small = GPT(dataclasses.replace(c, attention=fixed, n_h=m)).double()
+    state = model.state_dict()
+    for name, p in small.state_dict().items():
+        p.copy_(state[name][tuple(slice(0, n) for n in p.shape)])
+    return small
+
+
+@every_nested
+def test_budget_m_is_a_separate_model_of_the_first_m_heads(attention):
+    model, tokens = make(attention), some_tokens()
+    for m in range(1, 7):
+        assert error(model(tokens, heads=m)[0], first_heads(model, m)(tokens)[0]) < TIGHT
+
+
+@every_nested
+def test_head_slice_ends_exactly_at_m(attention):
+    """Poison all that belongs to heads m, m+1, ... with NaN: nothing changes. Poison head m-1: everything does."""
+    tokens = some_tokens()
+    for m in (1, 4):
+        clean = make(attention)(tokens, heads=m)[0]
+        for first, survives in ((m, True), (m - 1, False)):
+            model = make(attention)
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if name.endswith(("W_Q.weight", "W_K.weight", "W_V.weight", "W_UQ.weight", "W_UK.weight", "W_UV.weight")):
+                        p[first * 10 :] = math.nan
+                    if name.endswith("W_QR.weight"):
+                        p[first * 8 :] = math.nan
+                    if name.endswith("W_O.weight"):
+                        p[:, first * 10 :] = math.nan
+            assert torch.equal(model(tokens, heads=m)[0], clean) == survives
+            for lengths in ([7, 6], [12, 1]):
+                logits, _ = chunked(model, tokens, lengths, [m, m])
+                assert (error(logits, clean) < TIGHT) == survives
+
+
+@every_nested
+def test_W_O_is_sliced_by_input_columns(attention):
+    model = make(attention)
+    model(some_tokens(), some_tokens(), heads=4)[1].backward()
+    for block in model.blocks:
+        used = block.attention.W_O.weight.grad != 0                                                # [d, n_h·d_h]
+        assert used[:, : 4 * 10].all() and not used[:, 4 * 10 :].any()
+
+
+@every_nested
+def test_gradients_of_sliced_and_masked_budgets_agree(attention):
+    tokens, targets = some_tokens(3), some_tokens(3, seed=2)
+    sliced, masked = make(attention), make(attention)
+    for sequence, target, m in zip(tokens, targets, (4, 6, 1)):
+        (sliced(sequence[None], target[None], heads=m)[1] / 3).backward()
+    masked(tokens, targets, heads=torch.tensor([4, 6, 1]))[1].backward()
+    for (name, p), q in zip(sliced.named_parameters(), masked.parameters()):
+        assert error(q.grad, p.grad) < TIGHT, name
+
+
+@every_nested
+@pytest.mark.parametrize("lengths", [[1] * 13, [7, 1, 5], [13]], ids=["1+1+...", "7+1+5", "whole"])
+def test_one_cache_serves_sequences_at_different_budgets(attention, lengths):
+    model, tokens = make(attention), some_tokens(3)
+    heads = torch.tensor([4, 6, 1])
+    logits, _ = chunked(model, tokens, lengths, [heads] * len(lengths))
+    for i, m in enumerate(heads.tolist()):
+        assert error(logits[i], model(tokens[i : i + 1], heads=m)[0][0]) < TIGHT
+
+
+@every_nested
+def test_budget_changes_within_a_sequence_equal_oracle(attention):
+    """Written at all heads, continued at few, then at all again, on one cache."""
+    model, tokens = make(attention), some_tokens(1)
+    for lengths, heads in (([5, 4, 4], [6, 2, 6]), ([1] * 13, [1, 6, 3] * 4 + [5]), ([2, 10, 1], [1, 4, 6])):
+        logits, _ = chunked(model, tokens, lengths, heads)
+        per_token = [m for length, m in zip(lengths, heads) for _ in range(length)]
+        assert error(logits[0], oracle(model, tokens[0], per_token)) < TIGHT
+
+
+def test_matmla_cache_has_one_size_for_all_budgets():
+    model = make("matmla")
+    assert {model.new_cache(1, 9, heads=m).nbytes for m in range(1, 7)} == {model.new_cache(1, 9).nbytes}
+
+
+def test_nested_mha_ragged_cache_is_smaller_and_cannot_grow():
+    model, tokens = make("nested_mha"), some_tokens()
+    full, ragged = model.new_cache(B, T), model.new_cache(B, T, heads=4)
+    assert ragged.nbytes * 6 == full.nbytes * 4
+    logits = model(tokens[:, :9], heads=4, cache=ragged)[0]
+    assert error(logits, model(tokens[:, :9], heads=4)[0]) < TIGHT
+    with pytest.raises(ValueError, match="6 heads asked.* 4"):
+        model(tokens[:, 9:], heads=6, cache=ragged)
+    smaller = model(tokens[:, 9:], heads=2, cache=ragged)[0]                                       # down is possible
+    again = torch.cat((model(tokens[:, :9], heads=4, cache=full)[0], model(tokens[:, 9:], heads=2, cache=full)[0]), 1)
+    assert error(torch.cat((logits, smaller), 1), again) < TIGHT
+
+
+def test_nested_mha_full_cache_computes_and_stores_all_heads_at_any_budget():
+    model, tokens = make("nested_mha", n_layer=1), some_tokens()
+    at_4, at_6 = model.new_cache(B, T), model.new_cache(B, T)
+    model(tokens, heads=4, cache=at_4)
+    model(tokens, heads=6, cache=at_6)
+    assert torch.equal(at_4.rows, at_6.rows) and at_4.rows.all()
+
+
+# ---------------------------------------------------------------- training
+
+
+@every_variant
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_backward_reaches_every_weight_compiled_or_not(attention, amp):
+    model, tokens, targets = make(attention, dtype=torch.float32), some_tokens(), some_tokens(seed=2)
+    compiled = torch.compile(model, backend="aot_eager")
+    losses = []
+    for run in (model, compiled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            losses.append(run(tokens, targets)[1])
+        losses[-1].backward()
+        for name, p in model.named_parameters():
+            assert p.grad.isfinite().all() and p.grad.any(), name
+    assert abs(losses[0] - losses[1]) < (0.1 if amp else 1e-4)
+
+
+@every_nested
+def test_compiled_model_does_not_recompile_during_training(attention):
+    torch._dynamo.reset()
+    model = make(attention, dtype=torch.float32)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(5):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            heads = torch.tensor([[6, 4], [1, 6], [4, 1]][step % 3])
+            compiled(some_tokens(seed=step), some_tokens(seed=step + 1), heads=heads)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------- wrong use
+
+
+@pytest.mark.parametrize("attention, heads, numbers", [
+    ("matmla", 0, ("0", "6")), ("matmla", 7, ("7", "6")), ("matmla", -1, ("-1", "6")), ("nested_mha", 7, ("7", "6")),
+    ("mha", 4, ("4", "6")), ("gqa", 4, ("4", "6")), ("mla", 4, ("4", "6")),
+    ("matmla", torch.tensor([3, 7]), ("7", "6")), ("matmla", torch.tensor([3, 4, 5]), ("3", "2")), ("mla", torch.tensor([4, 6]), ("4", "6")),
+])
+def test_wrong_budget_is_refused_with_both_numbers(attention, heads, numbers):
+    with pytest.raises(ValueError) as info:
+        make(attention)(some_tokens(), heads=heads)
+    assert all(n in str(info.value) for n in numbers)
+
+
+@every_variant
+def test_overfull_cache_is_refused_and_stays_usable(attention):
+    model, tokens = make(attention), some_tokens()
+    cache = model.new_cache(B, 12)
+    before = model(tokens[:, :9], cache=cache)[0]
+    with pytest.raises(ValueError, match="13 .* 12"):
+        model(tokens[:, 9:], cache=cache)
+    assert cache.length == 9
+    after = model(tokens[:, 9:12], cache=cache)[0]
+    assert error(torch.cat((before, after), 1), model(tokens[:, :12])[0]) < TIGHT
+    with pytest.raises(ValueError, match="3 .* 2"):
+        model(some_tokens(3), cache=model.new_cache(2, T))
+
+
+@pytest.mark.parametrize("sizes, call, numbers", [
+    ({}, lambda model: model(some_tokens(length=65)), ("65", "64")),
+    ({}, lambda model: (model(some_tokens(length=60), cache=(c := model.new_cache(B, 99))), model(some_tokens(), cache=c)), ("73", "64")),
+    ({}, lambda model: model(some_tokens() + 30), ("37",)),
+    ({}, lambda model: model(some_tokens() - 40), ("-40", "37")),
+    ({}, lambda model: model.generate(some_tokens(length=0), 3), ("0", "1")),
+    ({}, lambda model: model.generate(some_tokens(), 3, heads=[6, 4]), ("2", "3")),
+    ({"attention": "gqa", "n_kv": 4}, None, ("6", "4")),
+    ({"attention": "mla", "d_R": 7}, None, ("7", "8")),
+    ({"attention": "matmla", "d_R": 7}, None, ("7", "8")),
+    ({"attention": "mha", "d_h": 9}, None, ("9", "10")),
+    ({"attention": "mhla"}, None, ("mhla", "matmla")),
+])
+def test_wrong_use_is_refused_with_both_numbers(sizes, call, numbers):
+    with pytest.raises(ValueError) as info:
+        call(make("matmla")) if call else make(**{"attention": "matmla"} | sizes)
+    assert all(n in str(info.value) for n in numbers), info.value
+
+
+# ---------------------------------------------------------------- generating
+
+
+@every_variant
+def test_greedy_generation_equals_recomputing_the_prefix(attention):
+    """The prompt is read at the first budget, new token i is predicted at budget i: one oracle pass checks them all."""
+    model, tokens, n = make(attention), some_tokens(), 12
+    for heads in ([6, 4, 1, 6] * 3, [1, 6] * 6) if attention in NESTED else (None,):
+        text = model.generate(tokens, n, heads=heads, temperature=0)
+        assert torch.equal(text[:, :T], tokens) and text.shape == (B, T + n)
+        assert torch.equal(model.generate(tokens, n, heads=heads, top_k=1), text)
+        per_token = heads and [heads[0]] * T + heads[1:]
+        for sequence in text:
+            predicted = oracle(model, sequence[:-1], per_token).argmax(-1)
+            assert torch.equal(predicted[T - 1 :], sequence[T:])
+
+
+def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
+    model = make("matmla")
+    for length in (1, 63, 64, 65, 200):
+        a, b = (model.generate(some_tokens(length=length), 80, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+        assert a.shape == (B, length + 80) and torch.equal(a, b) and torch.equal(a[:, :length], some_tokens(length=length))
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+def run(folder, *command, status=0):
+    """Run a script in `folder`; return what it printed. A failure must be one line on stderr."""
+    env = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        return done.stderr
+    return done.stdout
+
+
+SMALL = "--device cpu --n-layer 1 --d 24 --d-h 4 --d-c 12 --d-cq 8 --d-R 4 --d-ff 32 --context 32 --steps 3 --eval-windows 8".split()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(folder, "train.py", *SMALL)
+
+
+def test_train_reports_saves_and_samples(trained):
+    folder, printed = trained
+    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    assert list(lines[-1]["val_loss"]) == ["12", "8", "4"]
+    for m, loss in lines[-1]["val_loss"].items():
+        assert f"| {m} | {loss:.4f} | {math.exp(loss):.3f} |" in printed
+        assert f"a sample at {m} heads" in printed
+    assert torch.load(folder / "out/checkpoint.pt", weights_only=True)["config"]["budgets"] == (12, 8, 4)
+
+
+def test_fixed_head_baseline_trains_with_the_same_command(trained):
+    printed = run(trained[0], "train.py", *SMALL, "--attention", "mla", "--n-h", "8", "--out", "baseline")
+    assert "a sample at 8 heads" in printed and "a sample at 4 heads" not in printed
+
+
+def test_sample_is_the_models_own_generation(trained):
+    from train import load
+
+    model, encoding = load(trained[0] / "out/checkpoint.pt", "cpu")
+    for m in (12, 4):
+        printed = run(trained[0], "sample.py", "--device", "cpu", "--heads", str(m), "--prompt", "def é", "--tokens", "50", "--temperature", "0")
+        tokens = model.generate(torch.tensor([encoding.encode("def é")]), 50, heads=m, temperature=0)[0]
+        assert printed == encoding.decode(tokens.tolist()) + "\n"
+
+
+def test_mistakes_are_one_line_and_status_2(trained, tmp_path):
+    (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
+    for command, words in {
+        ("train.py", "--head", "4"): ("--head",),
+        ("train.py", "--budgets", "16,4"): ("16", "12"),
+        ("train.py", "--attention", "gqa", "--n-kv", "5", *SMALL): ("12", "5"),
+        ("train.py", "--device", "abacus"): ("abacus",),
+        ("sample.py",): ("out/checkpoint.pt", "train.py"),
+        ("sample.py", "--checkpoint", "foreign.pt"): ("foreign.pt",),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "13"): ("13", "12"),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--prompt", ""): ("0 tokens",),
+        ("bench_cache.py", "--preset", "huge"): ("huge",),
+    }.items():
+        message = run(tmp_path, *command, status=2)
+        assert all(word in message for word in words), message
+
+
+def test_bytes_survive_the_encoding():
+    from train import END, byte_encoding
+
+    encoding = byte_encoding()
+    text = "def f():\r\n\n\treturn 'é日本'  \n\n"
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert encoding.encode(END, allowed_special="all") == [encoding.eot_token] == [256]
+
+
+def test_bench_measures_what_the_formula_says(tmp_path):
+    rows = json.loads(run(tmp_path, "bench_cache.py", "--preset", "paper").splitlines()[-1])["rows"]
+    assert all(row["measured"] == row["formula"] for row in rows)
+    assert {row["variant"]: row["measured"] for row in rows if "ragged" not in row["layout"]} == {
+        "mha": 61440, "nested_mha": 61440, "gqa": 20480, "mla": 10240, "matmla": 10240,
+    }
