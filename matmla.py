@@ -21,7 +21,8 @@ Glossary
   m           -            int, or [B]            heads in use: the budget, 1 <= m <= n_h, of [1]
   memory      -            [B, S, numbers]        one row of numbers per token: what is in the cache
 
-  In comments B is the batch, T the tokens given now, S the tokens seen so far (S = T without a cache).
+  In comments B is the batch, T the tokens given now, S the tokens seen so far (S = T without a cache), h the
+  heads at work: n_h, or the budget m where a variant is nested.
   In einsum b, t, s, h, d, c are batch, query token, key token, head, head width, latent width.
 
 Every attention below has the same beats in the same order, so that `diff` of two neighbours is the idea:
@@ -213,13 +214,13 @@ class MHA(Attention):
         return 2 * self.n_h * self.d_h
 
     def write(self, x, positions, heads):
-        k = self.W_K(x).unflatten(-1, (-1, self.d_h))                           # (2) (5) [B,T,n_h,d_h]
+        k = self.W_K(x).unflatten(-1, (-1, self.d_h))                           # (2) (5) [B,T,h,d_h]
         v = self.W_V(x).unflatten(-1, (-1, self.d_h))                           # (3) (6)
         k = rope(k, positions, self.rope_base)
-        return torch.cat((k, v), -1).flatten(2)                                 # [B,T,n_h·2·d_h]: head by head, k then v
+        return torch.cat((k, v), -1).flatten(2)                                 # [B,T,h·2·d_h]: head by head, k then v
 
     def read(self, x, memory, positions, heads):
-        k, v = memory.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1)            # [B,S,n_h,d_h] each
+        k, v = memory.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1)            # [B,S,h,d_h] each
         q = self.W_Q(x).unflatten(-1, (-1, self.d_h))                           # (1) (4)
         q = rope(q, positions, self.rope_base)
         o = attend(q, k, v, positions, self.d_h**-0.5)                          # (7)
@@ -250,19 +251,19 @@ class NestedMHA(Attention):
 
     def write(self, x, positions, heads):
         m = slice_width(heads, self.n_h)
-        k = F.linear(x, self.W_K.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))
-        v = F.linear(x, self.W_V.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))
+        k = F.linear(x, self.W_K.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (2) (5)
+        v = F.linear(x, self.W_V.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (3) (6)
         k = rope(k, positions, self.rope_base)
-        return torch.cat((k, v), -1).flatten(2)                                 # [B,T,m·2·d_h]: head by head, k then v
+        return torch.cat((k, v), -1).flatten(2)                                 # [B,T,h·2·d_h]: head by head, k then v
 
     def read(self, x, memory, positions, heads):
         m = slice_width(heads, self.n_h)
-        k, v = memory.unflatten(-1, (-1, 2 * self.d_h))[:, :, :m].chunk(2, -1)  # [B,S,m,d_h] each
+        k, v = memory.unflatten(-1, (-1, 2 * self.d_h))[:, :, :m].chunk(2, -1)  # [B,S,h,d_h] each
         if k.shape[2] < m:
             raise ValueError(f"{m} heads asked, but the tokens so far left keys and values for {k.shape[2]}")
-        q = F.linear(x, self.W_Q.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))
+        q = F.linear(x, self.W_Q.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (1) (4)
         q = rope(q, positions, self.rope_base)
-        o = mask_heads(attend(q, k, v, positions, self.d_h**-0.5), heads)       # (7), m heads
+        o = mask_heads(attend(q, k, v, positions, self.d_h**-0.5), heads)       # (7)
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (8)
 
 
@@ -331,28 +332,28 @@ class MLA(Attention):
 
     def queries(self, x, positions, heads):
         c_Q = self.norm_Q(self.W_DQ(x))                                         # (37) [B,T,d_cq]
-        q_C = self.W_UQ(c_Q).unflatten(-1, (-1, self.d_h))                      # (38) [B,T,n_h,d_h]
-        q_R = self.W_QR(c_Q).unflatten(-1, (-1, self.d_R))                      # (39) [B,T,n_h,d_R]
+        q_C = self.W_UQ(c_Q).unflatten(-1, (-1, self.d_h))                      # (38) [B,T,h,d_h]
+        q_R = self.W_QR(c_Q).unflatten(-1, (-1, self.d_R))                      # (39) [B,T,h,d_R]
         return q_C, rope(q_R, positions, self.rope_base)
 
     def read(self, x, memory, positions, heads):
         c_KV, k_R = memory.split((self.d_c, self.d_R), -1)
-        k_C = self.W_UK(c_KV).unflatten(-1, (-1, self.d_h))                     # (42) [B,S,n_h,d_h]
-        v_C = self.W_UV(c_KV).unflatten(-1, (-1, self.d_h))                     # (45) [B,S,n_h,d_h]
+        k_C = self.W_UK(c_KV).unflatten(-1, (-1, self.d_h))                     # (42) [B,S,h,d_h]
+        v_C = self.W_UV(c_KV).unflatten(-1, (-1, self.d_h))                     # (45) [B,S,h,d_h]
         k_R = k_R.unsqueeze(2).expand(-1, -1, k_C.shape[2], -1)                 # one key for all heads
-        k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,n_h,d_h+d_R]
-        q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,n_h,d_h+d_R]
-        o = attend(q, k, v_C, positions, self.scale)                            # (46) [B,T,n_h,d_h]
+        k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,h,d_h+d_R]
+        q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,h,d_h+d_R]
+        o = attend(q, k, v_C, positions, self.scale)                            # (46) [B,T,h,d_h]
         return self.W_O(o.flatten(2))                                           # (47)
 
     def read_absorbed(self, x, memory, positions, heads):
-        W_UK = self.W_UK.weight.unflatten(0, (-1, self.d_h))                    # [n_h,d_h,d_c]
+        W_UK = self.W_UK.weight.unflatten(0, (-1, self.d_h))                    # [h,d_h,d_c]
         W_UV = self.W_UV.weight.unflatten(0, (-1, self.d_h))
         q_C, q_R = self.queries(x, positions, heads)
         q_c = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
-        q = torch.cat((q_c, q_R), -1)                                           # [B,T,n_h,d_c+d_R], as wide as a row:
+        q = torch.cat((q_c, q_R), -1)                                           # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_c = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,n_h,d_c]
+        o_c = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
         o = torch.einsum("bthc,hdc->bthd", o_c, W_UV)                           # Σ p (W_UV c) = W_UV Σ p c
         return self.W_O(o.flatten(2))                                           # (47)
 
@@ -393,30 +394,30 @@ class MatMLA(Attention):
     def queries(self, x, positions, heads):
         m = slice_width(heads, self.n_h)
         c_Q = self.norm_Q(self.W_DQ(x))                                         # (37) [B,T,d_cq]
-        q_C = F.linear(c_Q, self.W_UQ.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))
-        q_R = F.linear(c_Q, self.W_QR.weight[: m * self.d_R]).unflatten(-1, (-1, self.d_R))
+        q_C = F.linear(c_Q, self.W_UQ.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (38)
+        q_R = F.linear(c_Q, self.W_QR.weight[: m * self.d_R]).unflatten(-1, (-1, self.d_R))  # (39)
         return q_C, rope(q_R, positions, self.rope_base)
 
     def read(self, x, memory, positions, heads):
         m = slice_width(heads, self.n_h)
         c_KV, k_R = memory.split((self.d_c, self.d_R), -1)
-        k_C = F.linear(c_KV, self.W_UK.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))
-        v_C = F.linear(c_KV, self.W_UV.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))
+        k_C = F.linear(c_KV, self.W_UK.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (42)
+        v_C = F.linear(c_KV, self.W_UV.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (45)
         k_R = k_R.unsqueeze(2).expand(-1, -1, k_C.shape[2], -1)                 # one key for all heads
-        k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,m,d_h+d_R]
-        q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,m,d_h+d_R]
-        o = mask_heads(attend(q, k, v_C, positions, self.scale), heads)         # (46), m heads
+        k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,h,d_h+d_R]
+        q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,h,d_h+d_R]
+        o = mask_heads(attend(q, k, v_C, positions, self.scale), heads)         # (46)
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (47)
 
     def read_absorbed(self, x, memory, positions, heads):
         m = slice_width(heads, self.n_h)
-        W_UK = self.W_UK.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))    # [m,d_h,d_c]
+        W_UK = self.W_UK.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))    # [h,d_h,d_c]
         W_UV = self.W_UV.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))
         q_C, q_R = self.queries(x, positions, heads)
         q_c = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
-        q = torch.cat((q_c, q_R), -1)                                           # [B,T,m,d_c+d_R], as wide as a row:
+        q = torch.cat((q_c, q_R), -1)                                           # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_c = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,m,d_c]
+        o_c = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
         o = mask_heads(torch.einsum("bthc,hdc->bthd", o_c, W_UV), heads)        # Σ p (W_UV c) = W_UV Σ p c
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (47)
 

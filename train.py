@@ -51,14 +51,14 @@ def settings(argv=None):
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
     add("--seed", default=0, type=int, help="of the initial weights and of the order of the data")
-    add("--steps", default=600, type=int, help="optimizer steps")
+    add("--steps", default=500, type=int, help="optimizer steps")
     add("--batch", default=8, type=int, help="sequences per step")
     add("--lr", default=0.005, type=float, help="peak learning rate of Muon, for the matrices inside the blocks")
     add("--lr-adamw", default=0.003, type=float, help="peak learning rate of AdamW, for the embeddings and the norms")
     add("--weight-decay", default=0.1, type=float, help="of Muon")
     add("--warmup", default=20, type=int, help="steps to the peak; over the last 60%% of all steps the rate falls to 0")
     add("--eval-every", default=100, type=int, help="steps between two looks at the held-out text")
-    add("--eval-windows", default=256, type=int, help="held-out windows in the last look, evenly spaced")
+    add("--eval-windows", default=256, type=int, help="held-out windows in the last look, evenly spaced; an eighth of them before")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
         kind = {bool: boolean, tuple: budgets}.get(type(field.default), type(field.default))
@@ -214,7 +214,16 @@ def train(args, config):
 
     start = time.perf_counter()
     log = open(args.out / "metrics.jsonl", "w", buffering=1)                    # a line at a time
+
+    def look(step):
+        count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
+        val = evaluate(model, val_tokens, count, config, autocast)
+        log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
+        bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()))
+        return val
+
     bar = tqdm(range(args.steps), unit="tok", unit_scale=args.batch * config.context, dynamic_ncols=True)
+    look(0)
     for step in bar:
         for o, peak in zip(optimizer, (args.lr, args.lr_adamw)):
             for group in o.param_groups:
@@ -232,14 +241,12 @@ def train(args, config):
         for o in optimizer:
             o.step()
             o.zero_grad()
-        last = step == args.steps - 1
-        if step % 10 == 0 or last:
+        if step % 10 == 0:
             log.write(json.dumps({"step": step, "loss": loss.item(), "rate": rate(step, args)}) + "\n")
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % args.eval_every == args.eval_every - 1 or last:
-            val = evaluate(model, val_tokens, args.eval_windows // (1 if last else 4), config, autocast)
-            log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
-            bar.write(f"step {step + 1}: held-out loss " + ", ".join(f"{v:.3f} at {m} heads" for m, v in val.items()))
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            look(step + 1)
+    val = look(args.steps)
     minutes = (time.perf_counter() - start) / 60
 
     save(args.out / "checkpoint.pt", config=dataclasses.asdict(config), model=model.state_dict(), step=args.steps)
