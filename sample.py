@@ -5,7 +5,6 @@ Continue a prompt with a trained model at any head budget.
 """
 
 import codecs
-import sys
 from pathlib import Path
 
 import torch
@@ -33,21 +32,22 @@ def settings(argv=None):
 
 def main():
     parser, args = settings()
-    try:
-        device = pick_device(args.device)
-        model, encoding = load(args.checkpoint, device)
-        prompt = torch.tensor([encoding.encode_ordinary(args.prompt)], dtype=torch.long, device=device)
-        seeded = torch.Generator(device).manual_seed(args.seed)
-        stream = model.stream(prompt, args.tokens, args.heads, args.temperature, args.top_k, seeded)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")              # a character may span several tokens
-        text = args.prompt
-        for token in stream:
-            print(text, end="", flush=True)
-            text = decoder.decode(encoding.decode_single_token_bytes(token.item()))
-        print(text + decoder.decode(b"", final=True))
-    except ValueError as error:
-        parser.error(error)
+    parser.attempt(sample, args)
+
+
+def sample(args):
+    device = pick_device(args.device)
+    model, encoding = load(args.checkpoint, device)
+    prompt = torch.tensor([encoding.encode_ordinary(args.prompt)], dtype=torch.long, device=device)
+    seeded = torch.Generator(device).manual_seed(args.seed)
+    stream = model.stream(prompt, args.tokens, args.heads, args.temperature, args.top_k, seeded)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span several tokens
+    text = args.prompt
+    for token in stream:
+        print(text, end="", flush=True)
+        text = decoder.decode(encoding.decode_single_token_bytes(token.item()))
+    print(text + decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,21 +1,28 @@
 """
 Train a language model whose attention works at several head budgets.
 
-    python train.py                              MatMLA at 12, 8 and 4 heads, on your Python's standard library
-    python train.py --attention mla --n-h 8      a baseline with 8 heads, everything else the same
+    python train.py                                        MatMLA at 12, 8 and 4 heads, on your Python's standard library
+    python train.py --attention mla --n-h 8 --out out/mla8     a baseline with 8 heads, everything else the same
+    python train.py --data FILE_OR_FOLDER                  your own .txt, .jsonl or .parquet, in GPT-2 tokens
+    python train.py --preset paper --out out/paper         209M parameters on FineWeb-Edu, as in the MatMLA paper
+    torchrun --nproc_per_node=2 train.py ...               the same on two GPUs
+    python train.py --resume --out out/paper               go on after an interruption, as if there had been none
+    python train.py --report out/paper out/mla8            compare finished runs
 
 One pass per step trains all budgets: every sequence of the batch gets one of them, and a mask on the head
-outputs does the rest. The optimizer is Muon (arXiv:2502.16982) for the matrices inside the blocks, AdamW for
-the others. Results go to --out: checkpoint.pt, and metrics.jsonl with one JSON object per line.
+outputs does the rest. Results go to --out: checkpoint.pt, metrics.jsonl (one JSON object per line), loss.png.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -24,11 +31,25 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from matmla import ATTENTION, GPT, Config
 
 # ---------------------------------------------------------------- settings: each default stands here, or in Config
+
+PRESETS = {
+    "tiny": {},    # a laptop, 3 minutes: the defaults below and in Config
+    "small": dict(    # one GPU, minutes: 30M parameters
+        data="fineweb-edu", tokens=200_000_000, vocab_size=50304, context=1024, n_layer=6, d=384, d_h=32, d_c=112, d_cq=192,
+        d_R=16, d_ff=1024, steps=3000, batch=64, lr=0.003, lr_adamw=0.003, warmup=100, eval_every=250,
+    ),
+    "paper": dict(    # one GPU, hours: 209M parameters, 4.2B tokens
+        data="fineweb-edu", tokens=4_300_000_000, vocab_size=50304, context=1024, n_layer=20, d=768, d_h=64, d_c=224, d_cq=384,
+        d_R=32, d_ff=2048, tie=False, steps=8000, batch=512, micro_batch=64, lr=0.002, lr_adamw=0.002, warmup=200, eval_every=250,
+    ),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,48 +60,358 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=style, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
+
+    def attempt(self, function, *arguments):
+        """Call it. A ValueError or OSError is the user's mistake too: a file that is not there, a size that does not fit."""
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            self.error(error)
+
+
+def integers(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
 
 
 def settings(argv=None):
-    """Parse the command line: (parser, args, config)."""
+    """Parse the command line: (parser, args, config). A flag beats what --resume finds, which beats the preset."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", default="stdlib", choices=["stdlib"], help="the .py files of this Python's standard library")
-    add("--out", default="out", type=Path, help="folder for the checkpoint and the metrics")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
-    add("--seed", default=0, type=int, help="of the initial weights and of the order of the data")
-    add("--steps", default=500, type=int, help="optimizer steps")
-    add("--batch", default=8, type=int, help="sequences per step")
+    add("--preset", default="tiny", choices=PRESETS, help="sizes and recipe that the other flags change")
+    add("--data", default="stdlib", help="stdlib, fineweb-edu, a Hugging Face data set, a .txt, .jsonl or .parquet file or a "
+        "folder of them, or a folder with train.bin and val.bin of uint16 tokens")
+    add("--data-config", default="", help="configuration of a Hugging Face data set")
+    add("--text-column", default="text", help="where a .jsonl, .parquet or Hugging Face data set has its text")
+    add("--tokens", default=0, type=int, help="stop preparing data after this many tokens; 0: take all")
+    add("--objective", default="mixed", choices=["mixed", "sum", "sample"], help="a budget per sequence in one pass; "
+        "one pass per budget and the mean of their losses; or one budget per step")
+    add("--shares", type=integers, help="how often each of the budgets has its turn, like 2,1,1; by default equally often")
+    add("--steps", default=500, type=positive, help="optimizer steps")
+    add("--batch", default=8, type=positive, help="sequences per step")
+    add("--micro-batch", default=64, type=positive, help="sequences per forward pass and device; more are accumulated")
     add("--lr", default=0.005, type=float, help="peak learning rate of Muon, for the matrices inside the blocks")
     add("--lr-adamw", default=0.003, type=float, help="peak learning rate of AdamW, for the embeddings and the norms")
     add("--weight-decay", default=0.1, type=float, help="of Muon")
-    add("--warmup", default=20, type=int, help="steps to the peak; over the last 60%% of all steps the rate falls to 0")
-    add("--eval-every", default=100, type=int, help="steps between two looks at the held-out text")
-    add("--eval-windows", default=256, type=int, help="held-out windows in the last look, evenly spaced; an eighth of them before")
+    add("--warmup", default=20, type=positive, help="steps to the peak; over the last 60%% of all steps the rate falls to 0")
+    add("--eval-every", default=100, type=positive, help="steps between two looks at the held-out text, and two checkpoints")
+    add("--eval-windows", default=256, type=positive, help="held-out windows in the last look; an eighth of them before")
+    add("--seed", default=0, type=int, help="of the initial weights and of the order of the data")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
+    add("--out", default=Path("out"), type=Path, help="folder of the run")
+    add("--resume", action="store_true", help="continue the run in --out, with its own settings")
+    add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; the figure goes to --out")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
-        kind = {bool: boolean, tuple: budgets}.get(type(field.default), type(field.default))
+        kind = {bool: lambda text: {"true": True, "false": False}[text.lower()], tuple: integers}
+        kind = kind.get(type(field.default), type(field.default))
         model.add_argument("--" + field.name.replace("_", "-"), default=field.default, type=kind, help=" ")
+    early, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[early.preset])
+    if early.resume:
+        parser.set_defaults(**parser.attempt(load_checkpoint, early.out / "checkpoint.pt", "cpu")["settings"])
     args = parser.parse_args(argv)
-    try:
-        config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
-    except ValueError as error:
-        parser.error(error)
+    config = parser.attempt(lambda: Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}))
     if not ATTENTION[config.attention].nested:
         config.budgets = (config.n_h,)
     elif not 1 <= min(config.budgets) <= max(config.budgets) <= config.n_h:
         parser.error(f"budgets {config.budgets} must lie in 1..{config.n_h}, the heads of the model (--n-h)")
+    args.shares = args.shares or (1,) * len(config.budgets)
+    if len(args.shares) != len(config.budgets) or min(args.shares) < 1:
+        parser.error(f"shares {args.shares} must be positive, one for each of the {len(config.budgets)} budgets")
     return parser, args, config
 
 
-def boolean(text):
-    return {"true": True, "false": False}[text.lower()]
+# ---------------------------------------------------------------- data: uint16 tokens in train.bin and val.bin
+
+END = "<|endoftext|>"    # between documents
 
 
-def budgets(text):
-    return tuple(int(m) for m in text.split(","))
+def get_encoding(name):
+    """`bytes`: 256 tokens that never merge; `gpt2`: the GPT-2 vocabulary, which tiktoken downloads once."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={END: 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:
+        raise OSError(f"the GPT-2 vocabulary cannot be downloaded ({type(error).__name__}): run this once with a network, or "
+                      "set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine that has it") from None
+
+
+def stdlib_files():
+    """The reader's own standard library, without tests and tables: about 480 files, 9 MB. Sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
+    return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+
+
+def documents(args):
+    """The texts of --data, one by one. ValueError or OSError if they cannot be had."""
+    path = Path(args.data)
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")) if path.is_dir() else [path]
+    if args.data == "stdlib":
+        yield from (p.read_text("utf-8", errors="replace") for p in stdlib_files())
+    elif path.exists() and files and files[0].suffix not in (".jsonl", ".parquet"):
+        for file in files:
+            try:
+                yield file.read_text("utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(f"{file} is not UTF-8 text") from None
+    else:
+        import datasets                                                         # slow to import, needed only here
+
+        datasets.disable_progress_bars()
+        if path.exists():
+            source = {"path": {".jsonl": "json", ".parquet": "parquet"}[files[0].suffix], "data_files": [str(p) for p in files]}
+        elif args.data == "fineweb-edu":
+            source = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT"}
+        else:
+            source = {"path": args.data, "name": args.data_config or None}
+        try:
+            for row in datasets.load_dataset(**source, split="train", streaming=True):
+                yield row[args.text_column]
+        except KeyError:
+            raise ValueError(f"{args.data} has no column {args.text_column!r}; name it with --text-column") from None
+        except Exception as error:                                              # a broken file, no such name, no network
+            cure = "" if path.exists() else (": it is no file here, and the Hugging Face hub did not give it. Check the name; "
+                   "without a network, download its .parquet files elsewhere and pass their folder as --data")
+            raise OSError(f"cannot read {args.data}{cure} ({type(error).__name__}: {error})") from None
+
+
+def prepare(args):
+    """Folder with train.bin and val.bin of --data, made unless it is there; it appears whole or not at all."""
+    path = Path(args.data)
+    if (path / "train.bin").exists():
+        return path
+    if path.is_dir() and not any(p.suffix in (".txt", ".jsonl", ".parquet") for p in path.rglob("*")):
+        raise ValueError(f"{path} has no .txt, .jsonl or .parquet files, and no train.bin")
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.rglob("*")) or [path]] if path.exists() else sys.version
+    key = hashlib.sha1(repr((args.data, args.data_config, args.text_column, args.tokens, stamps)).encode()).hexdigest()
+    folder = Path("data") / f"{path.stem}-{key[:8]}"
+    if folder.exists():
+        return folder
+    encoding, held_out = get_encoding("bytes" if args.data == "stdlib" else "gpt2"), 20 if args.data == "stdlib" else 200
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val, \
+                tqdm(desc="tokens", unit="tok", unit_scale=True, total=args.tokens or None, leave=False) as bar:
+            source, count = documents(args), 0
+            while batch := [text for _, text in zip(range(256), source)]:
+                for tokens in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
+                    np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
+                    count += 1                                                  # whole documents are held out
+                    bar.update(len(tokens) + 1)
+                if args.tokens and bar.n >= args.tokens:
+                    break
+        if count < held_out:                                                    # few documents: hold out the last 20th
+            tokens = np.concatenate([np.fromfile(partial / name, np.uint16) for name in ("val.bin", "train.bin")])
+            tokens[: len(tokens) * 19 // 20].tofile(partial / "train.bin")
+            tokens[len(tokens) * 19 // 20 :].tofile(partial / "val.bin")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def read_tokens(folder, args, config):
+    """train.bin and val.bin as arrays on disk, or a ValueError that says why the model cannot read them."""
+    both = []
+    for name in ("train.bin", "val.bin"):
+        size = (folder / name).stat().st_size // 2 if (folder / name).exists() else 0
+        if size <= config.context:
+            raise ValueError(f"{args.data} has {size} tokens in {name}, more than the context of {config.context} are needed")
+        tokens = np.memmap(folder / name, np.uint16, "r")
+        top = max(int(tokens[i : i + 2**24].max()) for i in range(0, size, 2**24))
+        if top >= config.vocab_size:
+            raise ValueError(f"{args.data} has token {top} in {name}, outside the vocabulary of {config.vocab_size} (--vocab-size)")
+        both.append(tokens)
+    return both
+
+
+def windows(tokens, starts, context, device):
+    """Inputs and targets [len(starts), context]: `context` tokens from each start on, and the same one later."""
+    both = torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
+    if device.type == "cuda":
+        both = both.pin_memory().to(device, non_blocking=True)                  # the copy does not wait for the GPU
+    return both[:, :-1].to(device), both[:, 1:].to(device)
+
+
+# ---------------------------------------------------------------- one step
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, but all matrices of one shape are orthogonalised together: 30 times fewer kernels, the same numbers.
+
+    For every matrix the momentum G becomes (G Gᵀ)^(-1/2) G by Newton-Schulz, so all its directions move equally.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, matrices in shapes.items():
+                for p in matrices:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                grads, buffers = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                G = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))    # Nesterov
+                G = G.bfloat16() if G.is_cuda else G                            # enough for a direction
+                G = G.mT if shape[0] > shape[1] else G
+                G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+                a, b, c = group["ns_coefficients"]
+                for _ in range(group["ns_steps"]):
+                    A = G @ G.mT
+                    G = torch.baddbmm(G, torch.baddbmm(A, A, A, beta=b, alpha=c), G, beta=a)
+                G = G.mT if shape[0] > shape[1] else G
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, list(G.to(matrices[0].dtype)), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def optimizers(model, args):
+    """Muon for the matrices inside the blocks, AdamW for the rest."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    muon = Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return muon, torch.optim.AdamW(rest, lr=args.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def rate(step, args):
+    """Learning rate as a share of its peak: linear up, flat, linear down to 0."""
+    return min(1.0, (step + 1) / args.warmup, (args.steps - step) / (0.6 * args.steps))
+
+
+def passes(args, config, step, rows):
+    """The passes over sequences `rows` of the batch of a step: (heads, weight of the loss) of each."""
+    if not ATTENTION[config.attention].nested:
+        return [(None, 1.0)]
+    if args.objective == "sum":
+        return [(m, share / sum(args.shares)) for m, share in zip(config.budgets, args.shares)]
+    turns = np.repeat(config.budgets, args.shares)                              # in turn, so that all get their shares
+    if args.objective == "sample":
+        return [(int(turns[step % len(turns)]), 1.0)]
+    return [(torch.from_numpy(turns[(step * args.batch + rows) % len(turns)]), 1.0)]
+
+
+def flops_per_token(args, config):
+    """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
+    with torch.device("meta"):
+        model, tokens = GPT(config), torch.zeros(1, config.context, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        for heads, _ in passes(args, config, 0, np.arange(1)):
+            model(tokens, tokens, heads if isinstance(heads, int) else None)[1].backward()    # a mask saves nothing
+    return counter.get_total_flops() / config.context
+
+
+def peak_flops(device):
+    """Dense bfloat16 operations per second by the datasheet, or None."""
+    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for chip, peak in peaks.items() if chip in name), None)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, count, config, autocast):
+    """Mean loss in nats per token at each budget, on `count` windows spaced evenly over the tokens."""
+    device = model.embed.weight.device
+    starts = np.linspace(0, len(tokens) - config.context - 1, count).astype(int)
+    losses = {}
+    for m in config.budgets:
+        with autocast:
+            chunks = (windows(tokens, s, config.context, device) for s in np.array_split(starts, math.ceil(count / 16)))
+            losses[m] = sum(model(x, y, heads=m)[1].item() * len(x) for x, y in chunks) / count
+    return losses
+
+
+# ---------------------------------------------------------------- files of a run
+
+
+def save(path, **content):
+    """Atomic: a checkpoint is the old one or the new one, never half of it, also when the disk is full."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot save {path}, what was there is kept: {error}") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """What `save` wrote: config, settings, encoding, step, model, optimizers. ValueError if it is something else."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        missing = {"config", "settings", "encoding", "step", "model", "optimizers"} - content.keys()
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint at {path}: train one first, with python train.py") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__})") from None
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(sorted(missing))}")
+    return content
+
+
+def load(path, device):
+    """(model, encoding) of a checkpoint of train.py. ValueError says what is wrong with it."""
+    content = load_checkpoint(path, device)
+    model = GPT(Config(**content["config"])).to(device)
+    model.load_state_dict(content["model"])
+    return model.eval(), get_encoding(content["encoding"])
+
+
+def read_log(path):
+    """The lines of a metrics.jsonl as dicts; a last line that was cut off is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def draw_losses(out):
+    """out/loss.png: the loss of the batches and of the held-out text at each budget."""
+    from matplotlib.figure import Figure
+
+    lines = read_log(out / "metrics.jsonl")
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    axes.plot(*zip(*((x["step"], x["loss"]) for x in lines if "loss" in x)), color="0.8", label="batches, all budgets")
+    looks = [x for x in lines if "val_loss" in x]
+    for m in looks[0]["val_loss"]:
+        axes.plot([x["step"] for x in looks], [x["val_loss"][m] for x in looks], ".-", label=f"held out, {m} heads")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+
+
+def report(runs, out):
+    """Print a Markdown table of finished runs, and draw their perplexity against cache size as out/report.png."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    print("| run | variant | heads | parameters | tokens | training FLOPs | cache, bytes per token | held-out loss | perplexity |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for run in runs:
+        final = next((x["final"] for x in reversed(read_log(run / "metrics.jsonl")) if "final" in x), None)
+        if final is None:
+            raise ValueError(f"{run} has no finished run")
+        for m, loss in final["val_loss"].items():
+            print(f"| {run.name} | {final['variant']} | {m} | {final['parameters']:,} | {final['tokens']:,} | {final['flops']:.3g} "
+                  f"| {final['cache_bytes']:,} | {loss:.4f} | {math.exp(loss):.3f} |")
+            axes.plot(final["cache_bytes"], math.exp(loss), "o")
+            axes.annotate(f" {run.name}, {m} heads", (final["cache_bytes"], math.exp(loss)), fontsize=7)
+    axes.set(xlabel="cache, bytes per token (bfloat16)", ylabel="held-out perplexity", xscale="log")
+    figure.savefig(out / "report.png", dpi=150)
+
+
+# ---------------------------------------------------------------- the run
 
 
 def pick_device(name):
@@ -92,172 +423,155 @@ def pick_device(name):
         raise ValueError(f"no device {name!r} on this machine") from None
 
 
-# ---------------------------------------------------------------- data: uint16 tokens in train.bin and val.bin
+def train(args, config):
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))    # set by torchrun
+    device = pick_device(args.device)
+    cuda, master = device.type == "cuda", rank == 0
+    if args.batch % world:
+        raise ValueError(f"a batch of {args.batch} cannot be shared evenly by {world} processes")
+    first, path = 0, args.out / "checkpoint.pt"
+    if args.resume:
+        saved = load_checkpoint(path, device)
+        if saved["config"] != dataclasses.asdict(config):
+            raise ValueError(f"{path} is a checkpoint of another shape, {saved['config']}")
+    if cuda and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if master:
+        args.out.mkdir(parents=True, exist_ok=True)
+        prepare(args)
+    if world > 1:
+        dist.barrier()                                                          # the others find it prepared
+    encoding, vocab_size = ("bytes", 257) if args.data == "stdlib" else ("gpt2", 50304)    # a multiple of 128 is fast
+    config.vocab_size = args.vocab_size = max(config.vocab_size, vocab_size)
+    train_tokens, val_tokens = read_tokens(prepare(args), args, config)
 
-END = "<|endoftext|>"
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")                                  # what bfloat16 leaves in float32 may use tf32
+    model = GPT(config).to(device)
+    optimizer = optimizers(model, args)
+    if args.resume:
+        first = saved["step"]
+        model.load_state_dict(saved["model"])
+        for o, state in zip(optimizer, saved["optimizers"]):
+            o.load_state_dict(state)
+    run = model
+    if args.compile or args.compile is None and cuda and importlib.util.find_spec("triton"):
+        run = torch.compile(model, dynamic=False)
+    if world > 1:
+        run = torch.nn.parallel.DistributedDataParallel(run)
+    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
+    if master:
+        before = [x for x in read_log(args.out / "metrics.jsonl") if x["step"] < first or x["step"] == first and "val_loss" in x]
+        log = open(args.out / "metrics.jsonl", "w", buffering=1)                # a line at a time
+        log.writelines(json.dumps(x) + "\n" for x in before * bool(first))
+        print(f"{config.attention}, {size:,} parameters, heads {config.budgets}, {world} × {device.type}; "
+              f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out")
+    bar = tqdm(total=args.steps * args.batch * config.context, initial=first * args.batch * config.context,
+               unit="tok", unit_scale=True, dynamic_ncols=True, disable=None if master else True)
 
+    def look(step):
+        if master:
+            count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
+            val = evaluate(model, val_tokens, count, config, autocast)
+            log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
+            bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()))
+            return val
 
-def byte_encoding():
-    """Bytes as a tiktoken encoding: 256 tokens that never merge, and one special token between documents."""
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={END: 256})
+    def keep(step):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"a weight is not finite after step {step}")
+        if master:
+            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "report")}
+            save(path, config=dataclasses.asdict(config), settings=settings, encoding=encoding, step=step,
+                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
 
+    asked = []                                                                  # to stop, by Ctrl-C or kill; twice is at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))
+    start = time.perf_counter()
+    if first == 0:
+        look(0)
+    for step in range(first, args.steps):
+        for o, top in zip(optimizer, (args.lr, args.lr_adamw)):
+            for group in o.param_groups:
+                group["lr"] = top * rate(step, args)
+        order = np.random.default_rng((args.seed, step))                        # from seed and step alone: nothing to save
+        starts = order.integers(len(train_tokens) - config.context, size=args.batch)
+        mine = np.arange(rank, args.batch, world)
+        parts = np.array_split(mine, math.ceil(len(mine) / args.micro_batch))
+        total = torch.zeros((), device=device)
+        for rows in parts:
+            x, y = windows(train_tokens, starts[rows], config.context, device)
+            todo = passes(args, config, step, rows)
+            for i, (heads, weight) in enumerate(todo):
+                heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
+                last = rows is parts[-1] and i == len(todo) - 1                 # share gradients once a step
+                with autocast, contextlib.nullcontext() if last or world == 1 else run.no_sync():
+                    loss = run(x, y, heads=heads)[1] * (weight * len(rows) / len(mine))
+                    loss.backward()
+                total += loss.detach()
+        for o in optimizer:
+            o.step()
+            o.zero_grad()
+        bar.update(args.batch * config.context)
 
-def stdlib_files():
-    """The reader's own standard library, without tests and tables: about 480 files, 9 MB. Sorted."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
-    files = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    if len(files) < 100:
-        raise FileNotFoundError(f"{root} has {len(files)} .py files, too few for the standard library")
-    return files
+        done = step + 1
+        stop = bool(asked) and world == 1
+        if step % 10 == 0 or done == args.steps:                                # only here does the host wait for the device
+            news = torch.stack((total / world, torch.full_like(total, len(asked))))
+            if world > 1:
+                dist.all_reduce(news)
+            value, stop = news[0].item(), news[1].item() > 0                    # all processes stop after the same step
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {step}")
+            if master:
+                log.write(json.dumps({"step": step, "loss": value}) + "\n")
+                mfu = {"MFU": f"{(bar.format_dict['rate'] or 0) * cost / peak / world:.0%}"} if peak else {}
+                bar.set_postfix(loss=f"{value:.3f}", **mfu)
+        if done % args.eval_every == 0 and done < args.steps:
+            look(done)
+        if done % args.eval_every == 0 or done == args.steps or stop:
+            keep(done)
+        if stop and done < args.steps:
+            bar.close()
+            print(f"stopped after step {done}; continue with --resume --out {args.out}")
+            return
+    seconds = time.perf_counter() - start
+    val = look(args.steps)
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if not master:
+        return
 
-
-def prepare(folder):
-    """Write folder/train.bin and folder/val.bin unless they are there; the folder appears whole or not at all."""
-    if not folder.exists():
-        encoding = byte_encoding()
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        partial.mkdir(parents=True)
-        with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val:
-            for i, path in enumerate(stdlib_files()):
-                tokens = encoding.encode_ordinary(path.read_text("utf-8", errors="replace")) + [encoding.eot_token]
-                np.array(tokens, np.uint16).tofile(val if i % 20 == 0 else train)      # whole files are held out
-        try:
-            partial.rename(folder)
-        except OSError:                                                         # another process was faster
-            shutil.rmtree(partial)
-    return (np.memmap(folder / name, np.uint16, "r") for name in ("train.bin", "val.bin"))
-
-
-def windows(tokens, starts, context, device):
-    """Inputs and targets [len(starts), context]: `context` tokens from each start on, and the same one later."""
-    both = torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64)).to(device)
-    return both[:, :-1], both[:, 1:]
-
-
-# ---------------------------------------------------------------- training
-
-
-def optimizers(model, args):
-    """Muon for the matrices of the blocks; AdamW for the rest."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    return (
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=args.lr_adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    )
-
-
-def rate(step, args):
-    """Learning rate as a share of its peak: linear up, flat, linear down to 0."""
-    return min(1.0, (step + 1) / args.warmup, (args.steps - step) / (0.6 * args.steps))
-
-
-@torch.no_grad()
-def evaluate(model, tokens, count, config, autocast):
-    """Mean loss in nats per token at each budget, on `count` windows spaced evenly over the tokens."""
-    device = model.embed.weight.device
-    starts = np.linspace(0, len(tokens) - config.context - 1, count).astype(int)
-    losses = {}
+    tokens = args.steps * args.batch * config.context
+    variant = config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else "")
+    cache_bytes = GPT(config).bfloat16().new_cache(1, 1).nbytes
+    log.write(json.dumps({"step": args.steps, "final": dict(
+        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val, seconds=seconds,
+        seed=args.seed, torch=torch.__version__, device=f"{world} × {torch.cuda.get_device_name() if cuda else device.type}")}) + "\n")
+    print(f"trained in {seconds / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
+    draw_losses(args.out)
+    report([args.out], args.out)
+    encoding, prompt = get_encoding(encoding), "def read(self, " if args.data == "stdlib" else "The "
     for m in config.budgets:
-        with autocast:
-            chunks = [windows(tokens, s, config.context, device) for s in np.array_split(starts, math.ceil(count / 16))]
-            losses[m] = sum(model(x, y, heads=m)[1].item() * len(x) for x, y in chunks) / count
-    return losses
-
-
-def save(path, **content):
-    """Atomic: a checkpoint is the old one or the new one, never half of it."""
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
-
-
-def load(path, device):
-    """A model from a checkpoint of `train`, and the encoding of its tokens. ValueError says what is wrong."""
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(Config(**content["config"])).to(device)
-        model.load_state_dict(content["model"])
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}: train one first, with python train.py") from None
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__})") from error
-    return model.eval(), byte_encoding()
+        text = model.eval().generate(torch.tensor([encoding.encode(prompt)], device=device), 200, m, temperature=0.8, top_k=40)
+        print(f"\n--- a sample at {m} heads ---\n{encoding.decode(text[0].tolist())}")
 
 
 def main():
     parser, args, config = settings()
     try:
-        train(args, config)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-
-
-def train(args, config):
-    device = pick_device(args.device)
-    encoding = byte_encoding()
-    train_tokens, val_tokens = prepare(Path("data") / f"stdlib-{sys.version.split()[0]}")
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(args.seed)
-    model = GPT(config).to(device)
-    step_model = torch.compile(model) if (args.compile is None and device.type == "cuda") or args.compile else model
-    optimizer = optimizers(model, args)
-    cuda = device.type == "cuda"
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{config.attention}, {size:,} parameters, budgets {config.budgets}, {device}; "
-          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out")
-
-    start = time.perf_counter()
-    log = open(args.out / "metrics.jsonl", "w", buffering=1)                    # a line at a time
-
-    def look(step):
-        count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
-        val = evaluate(model, val_tokens, count, config, autocast)
-        log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
-        bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()))
-        return val
-
-    bar = tqdm(range(args.steps), unit="tok", unit_scale=args.batch * config.context, dynamic_ncols=True)
-    look(0)
-    for step in bar:
-        for o, peak in zip(optimizer, (args.lr, args.lr_adamw)):
-            for group in o.param_groups:
-                group["lr"] = peak * rate(step, args)
-        order = np.random.default_rng((args.seed, step))                        # from seed and step alone
-        starts = order.integers(len(train_tokens) - config.context, size=args.batch)
-        x, y = windows(train_tokens, starts, config.context, device)
-        heads = None
-        if ATTENTION[config.attention].nested:                                  # in turn, so that all get equal shares
-            turn = torch.arange(step * args.batch, (step + 1) * args.batch) % len(config.budgets)
-            heads = torch.tensor(config.budgets)[turn].to(device)
-        with autocast:
-            loss = step_model(x, y, heads=heads)[1]
-        loss.backward()
-        for o in optimizer:
-            o.step()
-            o.zero_grad()
-        if step % 10 == 0:
-            log.write(json.dumps({"step": step, "loss": loss.item(), "rate": rate(step, args)}) + "\n")
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            look(step + 1)
-    val = look(args.steps)
-    minutes = (time.perf_counter() - start) / 60
-
-    save(args.out / "checkpoint.pt", config=dataclasses.asdict(config), model=model.state_dict(), step=args.steps)
-    print(f"trained in {minutes:.1f} minutes; wrote {args.out / 'checkpoint.pt'}\n")
-    print("| heads | held-out loss (nats per token) | perplexity |\n|---|---|---|")
-    for m, loss in val.items():
-        print(f"| {m} | {loss:.4f} | {math.exp(loss):.3f} |")
-    prompt = torch.tensor([encoding.encode("def read(self, ")], device=device)
-    for m in config.budgets:
-        text = model.eval().generate(prompt, 200, heads=m, temperature=0.8, top_k=40)
-        print(f"\n--- a sample at {m} heads ---\n{encoding.decode(text[0].tolist())}")
+        if args.report:
+            parser.attempt(report, args.report, args.out)
+        else:
+            parser.attempt(train, args, config)
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}; the last good checkpoint is kept. Try a lower --lr\n")
 
 
 if __name__ == "__main__":
