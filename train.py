@@ -119,6 +119,8 @@ def settings(argv=None):
         parser.set_defaults(**parser.attempt(load_checkpoint, early.out / "checkpoint.pt", "cpu")["settings"])
     args = parser.parse_args(argv)
     config = parser.attempt(lambda: Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}))
+    with torch.device("meta"):
+        parser.attempt(GPT, config)                                             # sizes that do not fit are refused here
     if not ATTENTION[config.attention].nested:
         config.budgets = (config.n_h,)
     elif not 1 <= min(config.budgets) <= max(config.budgets) <= config.n_h:
