@@ -66,7 +66,14 @@ class Config:
             raise ValueError(f"attention {self.attention!r} is none of {', '.join(ATTENTION)}")
 
 
-# ---------------------------------------------------------------- position, softmax, budget, cache
+# ---------------------------------------------------------------- norm, position, softmax, budget, cache
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, with its weight in the dtype of x: under autocast the fused kernel wants them equal."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope(x, positions, base):
@@ -312,11 +319,11 @@ class MLA(Attention):
         self.scale = (c.d_h + c.d_R) ** -0.5
         self.short = absorb_below(c.d_c, c.d_h)
         self.W_DQ = nn.Linear(c.d, c.d_cq, bias=False) if c.d_cq else nn.Identity()
-        self.norm_Q = nn.RMSNorm(c.d_cq, eps=1e-6) if c.d_cq else nn.Identity()
+        self.norm_Q = RMSNorm(c.d_cq, eps=1e-6) if c.d_cq else nn.Identity()
         self.W_UQ = nn.Linear(c.d_cq or c.d, c.n_h * c.d_h, bias=False)
         self.W_QR = nn.Linear(c.d_cq or c.d, c.n_h * c.d_R, bias=False)
         self.W_DKV = nn.Linear(c.d, c.d_c, bias=False)
-        self.norm_KV = nn.RMSNorm(c.d_c, eps=1e-6)
+        self.norm_KV = RMSNorm(c.d_c, eps=1e-6)
         self.W_KR = nn.Linear(c.d, c.d_R, bias=False)
         self.W_UK = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
         self.W_UV = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
@@ -373,11 +380,11 @@ class MatMLA(Attention):
         self.scale = (c.d_h + c.d_R) ** -0.5
         self.short = absorb_below(c.d_c, c.d_h)
         self.W_DQ = nn.Linear(c.d, c.d_cq, bias=False) if c.d_cq else nn.Identity()
-        self.norm_Q = nn.RMSNorm(c.d_cq, eps=1e-6) if c.d_cq else nn.Identity()
+        self.norm_Q = RMSNorm(c.d_cq, eps=1e-6) if c.d_cq else nn.Identity()
         self.W_UQ = nn.Linear(c.d_cq or c.d, c.n_h * c.d_h, bias=False)
         self.W_QR = nn.Linear(c.d_cq or c.d, c.n_h * c.d_R, bias=False)
         self.W_DKV = nn.Linear(c.d, c.d_c, bias=False)
-        self.norm_KV = nn.RMSNorm(c.d_c, eps=1e-6)
+        self.norm_KV = RMSNorm(c.d_c, eps=1e-6)
         self.W_KR = nn.Linear(c.d, c.d_R, bias=False)
         self.W_UK = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
         self.W_UV = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
@@ -458,9 +465,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm_attention = nn.RMSNorm(c.d, eps=1e-6)
+        self.norm_attention = RMSNorm(c.d, eps=1e-6)
         self.attention = ATTENTION[c.attention](c)
-        self.norm_feed_forward = nn.RMSNorm(c.d, eps=1e-6)
+        self.norm_feed_forward = RMSNorm(c.d, eps=1e-6)
         self.feed_forward = FeedForward(c)
 
     def forward(self, x, heads, cache):
@@ -476,7 +483,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d, eps=1e-6)
+        self.norm = RMSNorm(config.d, eps=1e-6)
         self.unembed = nn.Linear(config.d, config.vocab_size, bias=False)
         if config.tie:
             self.unembed.weight = self.embed.weight
@@ -509,6 +516,8 @@ class GPT(nn.Module):
             if low < 0 or high >= c.vocab_size:
                 raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {c.vocab_size}")
         x = self.embed(tokens)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))                   # the residual stream: half the traffic
         for i, block in enumerate(self.blocks):
             x = block(x, heads, cache and cache.layer(i))
         if cache:

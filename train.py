@@ -494,7 +494,7 @@ def train(args, config):
     asked = []                                                                  # to stop, by Ctrl-C or kill; twice is at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))
-    start = time.perf_counter()
+    start, mark, speeds = time.perf_counter(), None, [0.0]                      # speeds: tokens per second, between reports
     if first == 0:
         look(0)
     for step in range(first, args.steps):
@@ -530,14 +530,18 @@ def train(args, config):
             value, stop = news[0].item(), news[1].item() > 0                    # all processes stop after the same step
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}")
+            now = time.perf_counter()
+            if mark:
+                speeds.append((step - mark[0]) * args.batch * config.context / (now - mark[1]))
+            mark = step, now
             if master:
                 log.write(json.dumps({"step": step, "loss": value}) + "\n")
-                mfu = {"MFU": f"{(bar.format_dict['rate'] or 0) * cost / peak / world:.0%}"} if peak else {}
-                bar.set_postfix(loss=f"{value:.3f}", **mfu)
+                bar.set_postfix(loss=f"{value:.3f}", **({"MFU": f"{speeds[-1] * cost / peak / world:.0%}"} if peak else {}))
         if done % args.eval_every == 0 and done < args.steps:
             look(done)
         if done % args.eval_every == 0 or done == args.steps or stop:
             keep(done)
+            mark = None                                                         # the next interval was not all training
         if stop and done < args.steps:
             bar.close()
             print(f"stopped after step {done}; continue with --resume --out {args.out}")
@@ -554,7 +558,7 @@ def train(args, config):
     variant = config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else "")
     cache_bytes = GPT(config).bfloat16().new_cache(1, 1).nbytes
     log.write(json.dumps({"step": args.steps, "final": dict(
-        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val, seconds=seconds,
+        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val, seconds=seconds, tokens_per_second=np.median(speeds), mfu=peak and np.median(speeds) * cost / peak / world,
         seed=args.seed, torch=torch.__version__, device=f"{world} × {torch.cuda.get_device_name() if cuda else device.type}")}) + "\n")
     print(f"trained in {seconds / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
     draw_losses(args.out)
