@@ -23,7 +23,7 @@ Glossary
 
   In comments B is the batch, T the tokens given now, S the tokens seen so far (S = T without a cache), h the
   heads at work: n_h, or the budget m where a variant is nested.
-  In einsum b, t, s, h, d, c are batch, query token, key token, head, head width, latent width.
+  In einsum b, t, h, d, c are batch, token, head, head width, latent width.
 
 Every attention below has the same beats in the same order, so that `diff` of two neighbours is the idea:
   __init__       the weights, named as in [2]
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Sizes of the model. The defaults are for a laptop: 0.97M parameters, trained in three minutes on two cores."""
+    """Sizes of the model. The defaults are for a laptop: 0.97M parameters, trained in about two minutes."""
 
     attention: str = "matmla"      # one of ATTENTION, at the end of the attentions
     vocab_size: int = 257          # bytes, and one token between documents
@@ -64,6 +64,9 @@ class Config:
     def __post_init__(self):
         if self.attention not in ATTENTION:
             raise ValueError(f"attention {self.attention!r} is none of {', '.join(ATTENTION)}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1 and name not in ("d_cq", "tie") or name == "d_cq" and value < 0:
+                raise ValueError(f"{name} is {value}, at least {int(name != 'd_cq')} is needed")
 
 
 # ---------------------------------------------------------------- norm, position, softmax, budget, cache
@@ -82,7 +85,7 @@ def rope(x, positions, base):
     x [B, T, ..., width], width even; positions [T]. Pairs are interleaved, (x0,x1), (x2,x3), ..., as in [2] and [4].
     """
     x = x.transpose(1, -2)                                                      # tokens next to the pairs
-    dtype = torch.promote_types(x.dtype, torch.float32)                         # bfloat16 has no 257
+    dtype = torch.promote_types(x.dtype, torch.float32)                         # bfloat16 cannot count past 256
     exponent = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1]
     angle = positions.to(dtype)[:, None] * base**-exponent                      # [T, width/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -129,7 +132,7 @@ class Cache:
     """What the tokens so far left behind: one row of numbers each, in memory that is allocated once.
 
     rows [n_layer, B, capacity, numbers] for a model, [B, capacity, numbers] for one layer; `length` rows
-    are in use. `heads`: how many heads' rows have room for; only nested MHA writes less than all.
+    are in use. `heads`: how many heads a row has room for; fewer than all only in nested MHA's ragged cache.
     No gradient flows through a cache.
     """
 
@@ -170,12 +173,18 @@ class Attention(nn.Module):
     short = 0         # fewer new tokens than this, read from a cache, are read absorbed
 
     def forward(self, x, heads=None, cache=None):
-        """x [B, T, d] -> [B, T, d]. heads: None (all), an int, or a LongTensor [B] of one budget per sequence.
+        """x [B, T, d] -> [B, T, d]. heads: the budget, all heads if None; or one budget per sequence or part of the batch.
 
-        An int slices the weights, so that compute shrinks; a tensor masks, so that one pass serves all
-        budgets. cache: a Cache of this layer, to which the T tokens are appended. ValueError for a budget
-        outside 1..n_h, for one other than n_h without nesting, and for a cache that is too small.
+        int                one budget for all: the weights are sliced, so that compute shrinks
+        LongTensor [B]     one per sequence: all heads are computed, and a mask drops some
+        tuple              one per equal part of the batch: every part is sliced; for training, so without a cache
+        cache: a Cache of this layer, to which the T tokens are appended. ValueError for a budget outside 1..n_h,
+        for one other than n_h without nesting, for parts that are not equal, and for a cache that is too small.
         """
+        if isinstance(heads, tuple):
+            if cache is not None or x.shape[0] % len(heads):
+                raise ValueError(f"{len(heads)} budgets need as many equal parts, but {x.shape[0]} sequences" + " and no cache" * bool(cache))
+            return torch.cat([self(part, m) for part, m in zip(x.split(x.shape[0] // len(heads)), heads)])
         heads = self.check(heads, x.shape[0])
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + x.shape[1], device=x.device)
@@ -357,11 +366,11 @@ class MLA(Attention):
         W_UK = self.W_UK.weight.unflatten(0, (-1, self.d_h))                    # [h,d_h,d_c]
         W_UV = self.W_UV.weight.unflatten(0, (-1, self.d_h))
         q_C, q_R = self.queries(x, positions, heads)
-        q_c = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
-        q = torch.cat((q_c, q_R), -1)                                           # [B,T,h,d_c+d_R], as wide as a row:
+        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
+        q = torch.cat((q_latent, q_R), -1)                                        # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_c = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
-        o = torch.einsum("bthc,hdc->bthd", o_c, W_UV)                           # Σ p (W_UV c) = W_UV Σ p c
+        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
+        o = torch.einsum("bthc,hdc->bthd", o_latent, W_UV)                           # Σ p (W_UV c) = W_UV Σ p c
         return self.W_O(o.flatten(2))                                           # (47)
 
 
@@ -421,11 +430,11 @@ class MatMLA(Attention):
         W_UK = self.W_UK.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))    # [h,d_h,d_c]
         W_UV = self.W_UV.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))
         q_C, q_R = self.queries(x, positions, heads)
-        q_c = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
-        q = torch.cat((q_c, q_R), -1)                                           # [B,T,h,d_c+d_R], as wide as a row:
+        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
+        q = torch.cat((q_latent, q_R), -1)                                        # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_c = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
-        o = mask_heads(torch.einsum("bthc,hdc->bthd", o_c, W_UV), heads)        # Σ p (W_UV c) = W_UV Σ p c
+        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
+        o = mask_heads(torch.einsum("bthc,hdc->bthd", o_latent, W_UV), heads)        # Σ p (W_UV c) = W_UV Σ p c
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (47)
 
 
@@ -493,7 +502,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
 
     def forward(self, tokens, targets=None, heads=None, cache=None):
-        """tokens [B, T] -> logits [B, T, vocab_size], and the mean loss in nats if targets [B, T] are given.
+        """tokens [B, T] -> logits [B, T, vocab_size], and the mean loss in nats if targets [B, T], the next tokens, are given.
 
         heads: as in Attention.forward. cache: from new_cache; the tokens are appended and see all before them.
         ValueError for a token outside the vocabulary (on the CPU), more tokens than the context or the cache
@@ -531,13 +540,13 @@ class GPT(nn.Module):
         by default the full one; with heads=m the ragged one, smaller, which no budget above m can read.
         """
         attention = self.blocks[0].attention
-        heads = attention.check(heads, batch) if attention.nested else self.config.n_h
+        heads = slice_width(attention.check(heads, batch), self.config.n_h)
         shape = len(self.blocks), batch, capacity, attention.numbers(heads)
         return Cache(self.embed.weight.new_zeros(shape), heads)
 
     @torch.no_grad()
     def stream(self, tokens, n, heads=None, temperature=1.0, top_k=None, generator=None):
-        """Yield n new tokens, each [B], after tokens [B, T], T >= 1. Only the newest token is ever computed.
+        """Yield n new tokens, each [B], after tokens [B, T], T >= 1. After the prompt, a step computes one token.
 
         heads: one budget for all, as in forward, or a list of n budgets, one per new token (the prompt is read
         at the first). temperature 0 is greedy. Past the context the older half of the text is forgotten.

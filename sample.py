@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from train import Parser, load, pick_device
+from train import Parser, load, pick_device, token_bytes
 
 
 def settings(argv=None):
@@ -25,7 +25,7 @@ def settings(argv=None):
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
     args = parser.parse_args(argv)
     for name, least in (("tokens", 1), ("temperature", 0), ("top_k", 1)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, the least is {least}")
     return parser, args
 
@@ -45,7 +45,7 @@ def sample(args):
     text = args.prompt
     for token in stream:
         print(text, end="", flush=True)
-        text = decoder.decode(encoding.decode_single_token_bytes(token.item()))
+        text = decoder.decode(token_bytes(encoding, token.item()))
     print(text + decoder.decode(b"", final=True))
 
 

@@ -319,14 +319,15 @@ def test_W_O_is_sliced_by_input_columns(attention):
 
 
 @every_nested
-def test_gradients_of_sliced_and_masked_budgets_agree(attention):
-    tokens, targets = some_tokens(3), some_tokens(3, seed=2)
-    sliced, masked = make(attention), make(attention)
-    for sequence, target, m in zip(tokens, targets, (4, 6, 1)):
-        (sliced(sequence[None], target[None], heads=m)[1] / 3).backward()
-    masked(tokens, targets, heads=torch.tensor([4, 6, 1]))[1].backward()
-    for (name, p), q in zip(sliced.named_parameters(), masked.parameters()):
-        assert error(q.grad, p.grad) < TIGHT, name
+def test_gradients_of_sliced_masked_and_divided_batches_agree(attention):
+    tokens, targets = some_tokens(6), some_tokens(6, seed=2)
+    sliced, masked, divided = make(attention), make(attention), make(attention)
+    for part, target, m in zip(tokens.split(2), targets.split(2), (4, 6, 1)):
+        (sliced(part, target, heads=m)[1] / 3).backward()
+    masked(tokens, targets, heads=torch.tensor([4, 4, 6, 6, 1, 1]))[1].backward()
+    divided(tokens, targets, heads=(4, 6, 1))[1].backward()
+    for (name, p), q, r in zip(sliced.named_parameters(), masked.parameters(), divided.parameters()):
+        assert error(q.grad, p.grad) < TIGHT and error(r.grad, p.grad) < TIGHT, name
 
 
 @every_nested
@@ -395,14 +396,15 @@ def test_backward_reaches_every_weight_compiled_or_not(attention, amp):
 
 
 @every_nested
-def test_compiled_model_does_not_recompile_during_training(attention):
+@pytest.mark.parametrize("divided", [False, True], ids=["masked", "divided"])
+def test_compiled_model_does_not_recompile_during_training(attention, divided):
     torch._dynamo.reset()
     model = make(attention, dtype=torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(5):
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-            heads = torch.tensor([[6, 4], [1, 6], [4, 1]][step % 3])
+            heads = (6, 1) if divided else torch.tensor([[6, 4], [1, 6], [4, 1]][step % 3])
             compiled(some_tokens(seed=step), some_tokens(seed=step + 1), heads=heads)[1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -414,7 +416,7 @@ def test_compiled_model_does_not_recompile_during_training(attention):
 @pytest.mark.parametrize("attention, heads, numbers", [
     ("matmla", 0, ("0", "6")), ("matmla", 7, ("7", "6")), ("matmla", -1, ("-1", "6")), ("nested_mha", 7, ("7", "6")),
     ("mha", 4, ("4", "6")), ("gqa", 4, ("4", "6")), ("mla", 4, ("4", "6")),
-    ("matmla", torch.tensor([3, 7]), ("7", "6")), ("matmla", torch.tensor([3, 4, 5]), ("3", "2")), ("mla", torch.tensor([4, 6]), ("4", "6")),
+    ("matmla", (3, 7), ("7", "6")), ("matmla", (3, 4, 5), ("3", "2")), ("matmla", torch.tensor([3, 7]), ("7", "6")), ("matmla", torch.tensor([3, 4, 5]), ("3", "2")), ("mla", torch.tensor([4, 6]), ("4", "6")),
 ])
 def test_wrong_budget_is_refused_with_both_numbers(attention, heads, numbers):
     with pytest.raises(ValueError) as info:
@@ -601,6 +603,8 @@ def test_every_budget_gets_its_share_of_sequences():
     _, args, config = train.settings(["--shares", "2,1,1", "--batch", "6"])
     given = torch.cat([train.passes(args, config, step, np.arange(6))[0][0] for step in range(4)])
     assert [(given == m).sum() for m in (12, 8, 4)] == [12, 6, 6]
+    _, args, config = train.settings(["--shares", "2,1,1", "--batch", "8"])
+    assert train.passes(args, config, 5, np.arange(8)) == [((12, 12, 8, 4), 1.0)]
     _, args, config = train.settings(["--objective", "sum", "--shares", "2,1,1"])
     assert train.passes(args, config, 5, np.arange(6)) == [(12, 0.5), (8, 0.25), (4, 0.25)]
 

@@ -4,13 +4,12 @@ Train a language model whose attention works at several head budgets.
     python train.py                                        MatMLA at 12, 8 and 4 heads, on your Python's standard library
     python train.py --attention mla --n-h 8 --out out/mla8     a baseline with 8 heads, everything else the same
     python train.py --data FILE_OR_FOLDER                  your own .txt, .jsonl or .parquet, in GPT-2 tokens
-    python train.py --preset paper --out out/paper         209M parameters on FineWeb-Edu, as in the MatMLA paper
+    python train.py --preset paper --out out/paper         209M parameters on FineWeb-Edu, the MatMLA paper's scale
     torchrun --nproc_per_node=2 train.py ...               the same on two GPUs
     python train.py --resume --out out/paper               go on after an interruption, as if there had been none
     python train.py --report out/paper out/mla8            compare finished runs
 
-One pass per step trains all budgets: every sequence of the batch gets one of them, and a mask on the head
-outputs does the rest. Results go to --out: checkpoint.pt, metrics.jsonl (one JSON object per line), loss.png.
+One pass per step trains all budgets: equal parts of the batch get one each. Results go to --out: checkpoint.pt, metrics.jsonl (one JSON object per line), loss.png.
 """
 
 import argparse
@@ -40,14 +39,14 @@ from matmla import ATTENTION, GPT, Config
 # ---------------------------------------------------------------- settings: each default stands here, or in Config
 
 PRESETS = {
-    "tiny": {},    # a laptop, 3 minutes: the defaults below and in Config
+    "tiny": {},    # a laptop, minutes: the defaults below and in Config
     "small": dict(    # one GPU, minutes: 30M parameters
         data="fineweb-edu", tokens=200_000_000, vocab_size=50304, context=1024, n_layer=6, d=384, d_h=32, d_c=112, d_cq=192,
-        d_R=16, d_ff=1024, steps=3000, batch=64, lr=0.003, lr_adamw=0.003, warmup=100, eval_every=250,
+        d_R=16, d_ff=1024, steps=2000, batch=96, micro_batch=48, lr=0.003, lr_adamw=0.003, warmup=100, eval_every=250,
     ),
     "paper": dict(    # one GPU, hours: 209M parameters, 4.2B tokens
         data="fineweb-edu", tokens=4_300_000_000, vocab_size=50304, context=1024, n_layer=20, d=768, d_h=64, d_c=224, d_cq=384,
-        d_R=32, d_ff=2048, tie=False, steps=8000, batch=512, micro_batch=64, lr=0.002, lr_adamw=0.002, warmup=200, eval_every=250,
+        d_R=32, d_ff=2048, tie=False, steps=8600, batch=480, micro_batch=48, lr=0.002, lr_adamw=0.002, warmup=200, eval_every=250,
     ),
 }
 
@@ -94,7 +93,7 @@ def settings(argv=None):
         "one pass per budget and the mean of their losses; or one budget per step")
     add("--shares", type=integers, help="how often each of the budgets has its turn, like 2,1,1; by default equally often")
     add("--steps", default=500, type=positive, help="optimizer steps")
-    add("--batch", default=8, type=positive, help="sequences per step")
+    add("--batch", default=9, type=positive, help="sequences per step; a multiple of the budgets is fastest")
     add("--micro-batch", default=64, type=positive, help="sequences per forward pass and device; more are accumulated")
     add("--lr", default=0.005, type=float, help="peak learning rate of Muon, for the matrices inside the blocks")
     add("--lr-adamw", default=0.003, type=float, help="peak learning rate of AdamW, for the embeddings and the norms")
@@ -110,9 +109,9 @@ def settings(argv=None):
     add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; the figure goes to --out")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
-        kind = {bool: lambda text: {"true": True, "false": False}[text.lower()], tuple: integers}
-        kind = kind.get(type(field.default), type(field.default))
-        model.add_argument("--" + field.name.replace("_", "-"), default=field.default, type=kind, help=" ")
+        kind = {"type": integers if isinstance(field.default, tuple) else type(field.default)}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else kind
+        model.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=field.name, **kind)
     early, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[early.preset])
     if early.resume:
@@ -148,6 +147,11 @@ def get_encoding(name):
                       "set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine that has it") from None
 
 
+def token_bytes(encoding, token):
+    """The bytes of a token; a question mark for the ids that only pad the vocabulary."""
+    return encoding.decode_single_token_bytes(token) if token < encoding.n_vocab else b"?"
+
+
 def stdlib_files():
     """The reader's own standard library, without tests and tables: about 480 files, 9 MB. Sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -159,6 +163,8 @@ def documents(args):
     """The texts of --data, one by one. ValueError or OSError if they cannot be had."""
     path = Path(args.data)
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")) if path.is_dir() else [path]
+    if len(kinds := {p.suffix for p in files}) > 1:
+        raise ValueError(f"{path} has files of several kinds, {', '.join(sorted(kinds))}; take one")
     if args.data == "stdlib":
         yield from (p.read_text("utf-8", errors="replace") for p in stdlib_files())
     elif path.exists() and files and files[0].suffix not in (".jsonl", ".parquet"):
@@ -195,6 +201,8 @@ def prepare(args):
         return path
     if path.is_dir() and not any(p.suffix in (".txt", ".jsonl", ".parquet") for p in path.rglob("*")):
         raise ValueError(f"{path} has no .txt, .jsonl or .parquet files, and no train.bin")
+    if path.suffix in (".txt", ".jsonl", ".parquet") and not path.exists():
+        raise FileNotFoundError(f"no file {path}")
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.rglob("*")) or [path]] if path.exists() else sys.version
     key = hashlib.sha1(repr((args.data, args.data_config, args.text_column, args.tokens, stamps)).encode()).hexdigest()
     folder = Path("data") / f"{path.stem}-{key[:8]}"
@@ -251,9 +259,9 @@ def windows(tokens, starts, context, device):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, but all matrices of one shape are orthogonalised together: 30 times fewer kernels, the same numbers.
+    """torch's Muon (arXiv:2502.16982), but all matrices of one shape go through Newton-Schulz together: far fewer kernels.
 
-    For every matrix the momentum G becomes (G Gᵀ)^(-1/2) G by Newton-Schulz, so all its directions move equally.
+    It takes the momentum G of every matrix about to (G Gᵀ)^(-1/2) G, so that all its directions move alike.
     """
 
     @torch.no_grad()
@@ -300,20 +308,25 @@ def passes(args, config, step, rows):
         return [(None, 1.0)]
     if args.objective == "sum":
         return [(m, share / sum(args.shares)) for m, share in zip(config.budgets, args.shares)]
-    turns = np.repeat(config.budgets, args.shares)                              # in turn, so that all get their shares
+    turns = np.repeat(config.budgets, args.shares)
     if args.objective == "sample":
         return [(int(turns[step % len(turns)]), 1.0)]
-    return [(torch.from_numpy(turns[(step * args.batch + rows) % len(turns)]), 1.0)]
+    even = args.batch % len(turns) == 0                                         # else in turn, so that all get their shares
+    dealt = turns[rows * len(turns) // args.batch] if even else turns[(step * args.batch + rows) % len(turns)]
+    if np.array_equal(dealt, np.repeat(turns, len(rows) // len(turns))):
+        return [(tuple(turns.tolist()), 1.0)]                                   # equal parts: no head is computed in vain
+    return [(torch.from_numpy(dealt), 1.0)]
 
 
 def flops_per_token(args, config):
     """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
     with torch.device("meta"):
-        model, tokens = GPT(config), torch.zeros(1, config.context, dtype=torch.long)
+        model, tokens = GPT(config), torch.zeros(sum(args.shares), config.context, dtype=torch.long)
+    steps = len(tokens) if args.objective == "sample" else 1                    # each budget has its turn
     with FlopCounterMode(display=False) as counter:
-        for heads, _ in passes(args, config, 0, np.arange(1)):
-            model(tokens, tokens, heads if isinstance(heads, int) else None)[1].backward()    # a mask saves nothing
-    return counter.get_total_flops() / config.context
+        for heads, _ in (one for step in range(steps) for one in passes(args, config, step, np.arange(len(tokens)))):
+            model(tokens, tokens, None if isinstance(heads, torch.Tensor) else heads)[1].backward()    # a mask saves nothing
+    return counter.get_total_flops() / tokens.numel() / steps
 
 
 def peak_flops(device):
@@ -398,18 +411,21 @@ def report(runs, out):
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    finals = {}
+    for run in runs:
+        finals[run] = next((x["final"] for x in reversed(read_log(run / "metrics.jsonl")) if "final" in x), None)
+        if finals[run] is None:
+            raise ValueError(f"{run} has no finished run")
     print("| run | variant | heads | parameters | tokens | training FLOPs | cache, bytes per token | held-out loss | perplexity |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for run in runs:
-        final = next((x["final"] for x in reversed(read_log(run / "metrics.jsonl")) if "final" in x), None)
-        if final is None:
-            raise ValueError(f"{run} has no finished run")
+    for run, final in finals.items():
         for m, loss in final["val_loss"].items():
             print(f"| {run.name} | {final['variant']} | {m} | {final['parameters']:,} | {final['tokens']:,} | {final['flops']:.3g} "
                   f"| {final['cache_bytes']:,} | {loss:.4f} | {math.exp(loss):.3f} |")
             axes.plot(final["cache_bytes"], math.exp(loss), "o")
             axes.annotate(f" {run.name}, {m} heads", (final["cache_bytes"], math.exp(loss)), fontsize=7)
     axes.set(xlabel="cache, bytes per token (bfloat16)", ylabel="held-out perplexity", xscale="log")
+    out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "report.png", dpi=150)
 
 
@@ -436,6 +452,8 @@ def train(args, config):
         saved = load_checkpoint(path, device)
         if saved["config"] != dataclasses.asdict(config):
             raise ValueError(f"{path} is a checkpoint of another shape, {saved['config']}")
+        if saved["step"] > args.steps:
+            raise ValueError(f"{path} has {saved['step']} steps already, more than --steps {args.steps}")
     if cuda and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -467,10 +485,10 @@ def train(args, config):
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
     if master:
-        before = [x for x in read_log(args.out / "metrics.jsonl") if x["step"] < first or x["step"] == first and "val_loss" in x]
+        before = [x for x in read_log(args.out / "metrics.jsonl") if x["step"] < first or x["step"] == first > 0 and "val_loss" in x]
         log = open(args.out / "metrics.jsonl", "w", buffering=1)                # a line at a time
-        log.writelines(json.dumps(x) + "\n" for x in before * bool(first))
-        print(f"{config.attention}, {size:,} parameters, heads {config.budgets}, {world} × {device.type}; "
+        log.writelines(json.dumps(x) + "\n" for x in before)
+        print(f"{config.attention}, {size:,} parameters, heads {config.budgets}, {world} x {device.type}; "
               f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out")
     bar = tqdm(total=args.steps * args.batch * config.context, initial=first * args.batch * config.context,
                unit="tok", unit_scale=True, dynamic_ncols=True, disable=None if master else True)
@@ -494,7 +512,7 @@ def train(args, config):
     asked = []                                                                  # to stop, by Ctrl-C or kill; twice is at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))
-    start, mark, speeds = time.perf_counter(), None, [0.0]                      # speeds: tokens per second, between reports
+    start, mark, speeds = time.perf_counter(), None, []                         # speeds: tokens per second, between reports
     if first == 0:
         look(0)
     for step in range(first, args.steps):
@@ -504,7 +522,8 @@ def train(args, config):
         order = np.random.default_rng((args.seed, step))                        # from seed and step alone: nothing to save
         starts = order.integers(len(train_tokens) - config.context, size=args.batch)
         mine = np.arange(rank, args.batch, world)
-        parts = np.array_split(mine, math.ceil(len(mine) / args.micro_batch))
+        count = math.ceil(len(mine) / args.micro_batch)
+        parts = [mine[i::count] for i in range(count)]
         total = torch.zeros((), device=device)
         for rows in parts:
             x, y = windows(train_tokens, starts[rows], config.context, device)
@@ -536,7 +555,7 @@ def train(args, config):
             mark = step, now
             if master:
                 log.write(json.dumps({"step": step, "loss": value}) + "\n")
-                bar.set_postfix(loss=f"{value:.3f}", **({"MFU": f"{speeds[-1] * cost / peak / world:.0%}"} if peak else {}))
+                bar.set_postfix(loss=f"{value:.3f}", **({"MFU": f"{speeds[-1] * cost / peak / world:.0%}"} if peak and speeds else {}))
         if done % args.eval_every == 0 and done < args.steps:
             look(done)
         if done % args.eval_every == 0 or done == args.steps or stop:
@@ -556,17 +575,19 @@ def train(args, config):
 
     tokens = args.steps * args.batch * config.context
     variant = config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else "")
+    speed = float(np.median(speeds)) if speeds else 0.0
     cache_bytes = GPT(config).bfloat16().new_cache(1, 1).nbytes
     log.write(json.dumps({"step": args.steps, "final": dict(
-        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val, seconds=seconds, tokens_per_second=np.median(speeds), mfu=peak and np.median(speeds) * cost / peak / world,
-        seed=args.seed, torch=torch.__version__, device=f"{world} × {torch.cuda.get_device_name() if cuda else device.type}")}) + "\n")
+        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world,
+        seed=args.seed, torch=torch.__version__, device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}")}) + "\n")
     print(f"trained in {seconds / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
     draw_losses(args.out)
     report([args.out], args.out)
     encoding, prompt = get_encoding(encoding), "def read(self, " if args.data == "stdlib" else "The "
     for m in config.budgets:
         text = model.eval().generate(torch.tensor([encoding.encode(prompt)], device=device), 200, m, temperature=0.8, top_k=40)
-        print(f"\n--- a sample at {m} heads ---\n{encoding.decode(text[0].tolist())}")
+        text = b"".join(token_bytes(encoding, token) for token in text[0].tolist()).decode(errors="replace")
+        print(f"\n--- a sample at {m} heads ---\n{text}")
 
 
 def main():
@@ -577,7 +598,7 @@ def main():
         else:
             parser.attempt(train, args, config)
     except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}; the last good checkpoint is kept. Try a lower --lr\n")
+        parser.exit(1, f"{parser.prog}: {error}; nothing was saved after it. Try a lower --lr\n")
 
 
 if __name__ == "__main__":
