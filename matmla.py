@@ -182,9 +182,9 @@ class Attention(nn.Module):
         for one other than n_h without nesting, for parts that are not equal, and for a cache that is too small.
         """
         if isinstance(heads, tuple):
-            if cache is not None or x.shape[0] % len(heads):
-                raise ValueError(f"{len(heads)} budgets need as many equal parts, but {x.shape[0]} sequences" + " and no cache" * bool(cache))
-            return torch.cat([self(part, m) for part, m in zip(x.split(x.shape[0] // len(heads)), heads)])
+            if cache is not None or len(x) % len(heads):
+                raise ValueError(f"{len(x)} sequences are not {len(heads)} equal parts without a cache")
+            return torch.cat([self(part, m) for part, m in zip(x.split(len(x) // len(heads)), heads)])
         heads = self.check(heads, x.shape[0])
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + x.shape[1], device=x.device)
@@ -195,22 +195,19 @@ class Attention(nn.Module):
         return read(x, memory, positions, heads)
 
     def check(self, heads, batch):
+        """`heads` if this attention can use it, all heads if None, else a ValueError that names both numbers."""
         if heads is None:
             return self.n_h
-        if not isinstance(heads, torch.Tensor):
-            heads = operator.index(heads)
-            values = [heads]
-        elif heads.shape != (batch,):
+        tensor = isinstance(heads, torch.Tensor)
+        if tensor and heads.shape != (batch,):
             raise ValueError(f"heads has shape {list(heads.shape)}, but there are {batch} sequences")
-        elif torch.compiler.is_compiling() or (heads.device.type != "cpu" and self.nested):
+        if tensor and (torch.compiler.is_compiling() or heads.device.type != "cpu" and self.nested):
             return heads                                                        # to look at it would stall the GPU
-        else:
-            values = heads.tolist()
-        least = 1 if self.nested else self.n_h
-        for m in values:
+        heads = heads if tensor else operator.index(heads)
+        least, works_with = (1, f"1 to {self.n_h}") if self.nested else (self.n_h, self.n_h)
+        for m in heads.tolist() if tensor else [heads]:
             if not least <= m <= self.n_h:
-                why = f"outside 1..{self.n_h}" if self.nested else f"but {type(self).__name__} is not nested: it needs all {self.n_h}"
-                raise ValueError(f"{m} heads asked, {why}")
+                raise ValueError(f"{m} heads asked, but {type(self).__name__} works with {works_with}")
         return heads
 
 
@@ -366,11 +363,11 @@ class MLA(Attention):
         W_UK = self.W_UK.weight.unflatten(0, (-1, self.d_h))                    # [h,d_h,d_c]
         W_UV = self.W_UV.weight.unflatten(0, (-1, self.d_h))
         q_C, q_R = self.queries(x, positions, heads)
-        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
-        q = torch.cat((q_latent, q_R), -1)                                        # [B,T,h,d_c+d_R], as wide as a row:
+        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                    # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
+        q = torch.cat((q_latent, q_R), -1)                                      # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
-        o = torch.einsum("bthc,hdc->bthd", o_latent, W_UV)                           # Σ p (W_UV c) = W_UV Σ p c
+        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]  # (46), in the latent [B,T,h,d_c]
+        o = torch.einsum("bthc,hdc->bthd", o_latent, W_UV)                      # Σ p (W_UV c) = W_UV Σ p c
         return self.W_O(o.flatten(2))                                           # (47)
 
 
@@ -430,11 +427,11 @@ class MatMLA(Attention):
         W_UK = self.W_UK.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))    # [h,d_h,d_c]
         W_UV = self.W_UV.weight[: m * self.d_h].unflatten(0, (-1, self.d_h))
         q_C, q_R = self.queries(x, positions, heads)
-        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                         # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
-        q = torch.cat((q_latent, q_R), -1)                                        # [B,T,h,d_c+d_R], as wide as a row:
+        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                    # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
+        q = torch.cat((q_latent, q_R), -1)                                      # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]       # (46), in the latent [B,T,h,d_c]
-        o = mask_heads(torch.einsum("bthc,hdc->bthd", o_latent, W_UV), heads)        # Σ p (W_UV c) = W_UV Σ p c
+        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]  # (46), in the latent [B,T,h,d_c]
+        o = mask_heads(torch.einsum("bthc,hdc->bthd", o_latent, W_UV), heads)   # Σ p (W_UV c) = W_UV Σ p c
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (47)
 
 
@@ -511,8 +508,8 @@ class GPT(nn.Module):
         logits = self.unembed(self.hidden(tokens, heads, cache))
         if targets is None:
             return logits, None
-        logits_32 = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bfloat16 is too coarse for a sum of exp
-        return logits, F.cross_entropy(logits_32.flatten(0, 1), targets.flatten())
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is too coarse for a sum of exp
+        return logits, F.cross_entropy(exact.flatten(0, 1), targets.flatten())
 
     def hidden(self, tokens, heads=None, cache=None):
         """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary."""

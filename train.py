@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -177,6 +178,7 @@ def documents(args):
         import datasets                                                         # slow to import, needed only here
 
         datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # our own line says it
         if path.exists():
             source = {"path": {".jsonl": "json", ".parquet": "parquet"}[files[0].suffix], "data_files": [str(p) for p in files]}
         elif args.data == "fineweb-edu":
@@ -391,6 +393,15 @@ def read_log(path):
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def open_log(path, first, steps):
+    """The file to append metrics to, without the lines that a run resumed at step `first` will write again."""
+    kept = [x for x in read_log(path) if x["step"] < first or x["step"] == first < steps and "val_loss" in x] if first else []
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(x) + "\n" for x in kept))
+    os.replace(partial, path)
+    return open(path, "a", buffering=1)                                         # a line at a time
+
+
 def draw_losses(out):
     """out/loss.png: the loss of the batches and of the held-out text at each budget."""
     from matplotlib.figure import Figure
@@ -485,9 +496,7 @@ def train(args, config):
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
     if master:
-        before = [x for x in read_log(args.out / "metrics.jsonl") if x["step"] < first or x["step"] == first > 0 and "val_loss" in x]
-        log = open(args.out / "metrics.jsonl", "w", buffering=1)                # a line at a time
-        log.writelines(json.dumps(x) + "\n" for x in before)
+        log = open_log(args.out / "metrics.jsonl", first, args.steps)
         print(f"{config.attention}, {size:,} parameters, heads {config.budgets}, {world} x {device.type}; "
               f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out")
     bar = tqdm(total=args.steps * args.batch * config.context, initial=first * args.batch * config.context,
