@@ -9,7 +9,8 @@ Train a language model whose attention works at several head budgets.
     python train.py --resume --out out/paper               go on after an interruption, as if there had been none
     python train.py --report out/paper out/mla8            compare finished runs
 
-One pass per step trains all budgets: equal parts of the batch get one each. Results go to --out: checkpoint.pt, metrics.jsonl (one JSON object per line), loss.png.
+One pass per step trains all budgets: equal parts of the batch get one each. Results go to --out: checkpoint.pt,
+metrics.jsonl (one JSON object per line) and loss.png.
 """
 
 import argparse
@@ -205,7 +206,8 @@ def prepare(args):
         raise ValueError(f"{path} has no .txt, .jsonl or .parquet files, and no train.bin")
     if path.suffix in (".txt", ".jsonl", ".parquet") and not path.exists():
         raise FileNotFoundError(f"no file {path}")
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.rglob("*")) or [path]] if path.exists() else sys.version
+    files = (sorted(path.rglob("*")) or [path]) if path.exists() else []
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] or sys.version    # other text, other folder
     key = hashlib.sha1(repr((args.data, args.data_config, args.text_column, args.tokens, stamps)).encode()).hexdigest()
     folder = Path("data") / f"{path.stem}-{key[:8]}"
     if folder.exists():
@@ -410,15 +412,16 @@ def draw_losses(out):
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     axes.plot(*zip(*((x["step"], x["loss"]) for x in lines if "loss" in x)), color="0.8", label="batches, all budgets")
     looks = [x for x in lines if "val_loss" in x]
-    for m in looks[0]["val_loss"]:
-        axes.plot([x["step"] for x in looks], [x["val_loss"][m] for x in looks], ".-", label=f"held out, {m} heads")
+    for i, m in enumerate(looks[0]["val_loss"]):                                # each thinner, to show where they coincide
+        losses = [x["val_loss"][m] for x in looks]
+        axes.plot([x["step"] for x in looks], losses, linewidth=7 / (i + 1), label=f"held out, {m} heads")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
 
 
 def report(runs, out):
-    """Print a Markdown table of finished runs, and draw their perplexity against cache size as out/report.png."""
+    """Print a Markdown table of finished runs; draw the perplexity of several against cache size as out/report.png."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
@@ -436,8 +439,9 @@ def report(runs, out):
             axes.plot(final["cache_bytes"], math.exp(loss), "o")
             axes.annotate(f" {run.name}, {m} heads", (final["cache_bytes"], math.exp(loss)), fontsize=7)
     axes.set(xlabel="cache, bytes per token (bfloat16)", ylabel="held-out perplexity", xscale="log")
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "report.png", dpi=150)
+    if len(runs) > 1:
+        out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out / "report.png", dpi=150)
 
 
 # ---------------------------------------------------------------- the run
@@ -564,7 +568,8 @@ def train(args, config):
             mark = step, now
             if master:
                 log.write(json.dumps({"step": step, "loss": value}) + "\n")
-                bar.set_postfix(loss=f"{value:.3f}", **({"MFU": f"{speeds[-1] * cost / peak / world:.0%}"} if peak and speeds else {}))
+                mfu = {"MFU": f"{speeds[-1] * cost / peak / world:.0%}"} if peak and speeds else {}
+                bar.set_postfix(loss=f"{value:.3f}", **mfu)
         if done % args.eval_every == 0 and done < args.steps:
             look(done)
         if done % args.eval_every == 0 or done == args.steps or stop:
@@ -587,8 +592,9 @@ def train(args, config):
     speed = float(np.median(speeds)) if speeds else 0.0
     cache_bytes = GPT(config).bfloat16().new_cache(1, 1).nbytes
     log.write(json.dumps({"step": args.steps, "final": dict(
-        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world,
-        seed=args.seed, torch=torch.__version__, device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}")}) + "\n")
+        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val,
+        seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
+        device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}", torch=torch.__version__)}) + "\n")
     print(f"trained in {seconds / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
     draw_losses(args.out)
     report([args.out], args.out)
