@@ -577,7 +577,8 @@ def train(args, config):
             mark = None                                                         # the next interval was not all training
         if stop and done < args.steps:
             bar.close()
-            print(f"stopped after step {done}; continue with --resume --out {args.out}")
+            if master:
+                print(f"stopped after step {done}; continue with --resume --out {args.out}")
             return
     seconds = time.perf_counter() - start
     val = look(args.steps)
