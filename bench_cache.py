@@ -11,10 +11,8 @@ import sys
 
 import torch
 
-from matmla import ATTENTION, GPT, Config
-from train import PRESETS, Parser
-
-FIELDS = {field.name for field in dataclasses.fields(Config)}
+from matmla import ATTENTION, GPT
+from train import PRESETS, Parser, make_config
 
 
 def formula(c, m):
@@ -66,7 +64,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the cache")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    config = Config(**{k: v for k, v in PRESETS[args.preset].items() if k in FIELDS})
+    config = make_config(PRESETS[args.preset])
     rows = table(config, dtype)
     print(f"{args.preset}: {config.n_layer} layers, {args.dtype}\n")
     print("| variant | cache | numbers per token and layer | bytes per token, formula | measured | share of MHA | tokens per GiB |")

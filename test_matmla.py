@@ -28,6 +28,7 @@ from matmla import ATTENTION, GPT, Config, attend, rope
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
 HERE = Path(__file__).parent
+ENV = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}    # of scripts that tests run
 NESTED, LATENT = ["nested_mha", "matmla"], ["mla", "matmla"]
 TIGHT = 1e-10    # float64: rounding only
 LOOSE = 1e-5     # float32
@@ -486,8 +487,7 @@ def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
 
 def run(folder, *command):
     """Run a script in `folder`; return what it printed."""
-    env = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], cwd=folder, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -519,15 +519,13 @@ def baseline(trained):
 
 
 def test_fixed_head_baseline_trains_with_the_same_command(baseline):
-    printed = baseline
-    assert "a sample at 8 heads" in printed and "a sample at 4 heads" not in printed
+    assert "a sample at 8 heads" in baseline and "a sample at 4 heads" not in baseline
 
 
 def start(folder, *flags, **options):
     """Start a training that takes some seconds; returns the process and the file of its metrics."""
-    env = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, HERE / "train.py", *SMALL, "--steps", "60", "--eval-every", "10", *flags]
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(command, cwd=folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     return process, folder / flags[flags.index("--out") + 1] / "metrics.jsonl"
 
 
@@ -578,9 +576,8 @@ def test_two_processes_train_like_one(trained):
     """The same global batch, in two halves, accumulated over micro-batches: the same losses."""
     losses = []
     for launch, out in (((), "one"), (("-m", "torch.distributed.run", "--nproc_per_node=2", "--"), "two")):
-        env = os.environ | {"PYTHONPATH": str(HERE), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *launch, HERE / "train.py", *SMALL, "--steps", "21", "--batch", "12", "--micro-batch", "4", "--out", out]
-        done = subprocess.run(command, cwd=trained[0], env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=trained[0], env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         losses.append([x["loss"] for x in map(json.loads, (trained[0] / out / "metrics.jsonl").read_text().splitlines()) if "loss" in x])
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -81,6 +81,11 @@ def positive(text):
     return int(text)
 
 
+def make_config(values):
+    """The Config of a dict of settings, which may name other things too, or not all of its fields."""
+    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config) if field.name in values})
+
+
 def settings(argv=None):
     """Parse the command line: (parser, args, config). A flag beats what --resume finds, which beats the preset."""
     parser = Parser(__doc__)
@@ -116,10 +121,11 @@ def settings(argv=None):
         model.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=field.name, **kind)
     early, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[early.preset])
-    if early.resume:
-        parser.set_defaults(**parser.attempt(load_checkpoint, early.out / "checkpoint.pt", "cpu")["settings"])
+    saved = parser.attempt(load_checkpoint, early.out / "checkpoint.pt") if early.resume else None
+    parser.set_defaults(**saved["settings"] if saved else {})
     args = parser.parse_args(argv)
-    config = parser.attempt(lambda: Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}))
+    args.resume = saved                                                         # a checkpoint is read once
+    config = parser.attempt(make_config, vars(args))
     with torch.device("meta"):
         parser.attempt(GPT, config)                                             # sizes that do not fit are refused here
     if not ATTENTION[config.attention].nested:
@@ -276,7 +282,8 @@ class Muon(torch.optim.Muon):
                 shapes.setdefault(p.shape, []).append(p)
             for shape, matrices in shapes.items():
                 for p in matrices:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 grads, buffers = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 G = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))    # Nesterov
@@ -464,11 +471,11 @@ def train(args, config):
         raise ValueError(f"a batch of {args.batch} cannot be shared evenly by {world} processes")
     first, path = 0, args.out / "checkpoint.pt"
     if args.resume:
-        saved = load_checkpoint(path, device)
-        if saved["config"] != dataclasses.asdict(config):
-            raise ValueError(f"{path} is a checkpoint of another shape, {saved['config']}")
-        if saved["step"] > args.steps:
-            raise ValueError(f"{path} has {saved['step']} steps already, more than --steps {args.steps}")
+        first = args.resume["step"]
+        if args.resume["config"] != dataclasses.asdict(config):
+            raise ValueError(f"{path} is a checkpoint of another shape, {args.resume['config']}")
+        if first > args.steps:
+            raise ValueError(f"{path} has {first} steps already, more than --steps {args.steps}")
     if cuda and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -488,9 +495,8 @@ def train(args, config):
     model = GPT(config).to(device)
     optimizer = optimizers(model, args)
     if args.resume:
-        first = saved["step"]
-        model.load_state_dict(saved["model"])
-        for o, state in zip(optimizer, saved["optimizers"]):
+        model.load_state_dict(args.resume["model"])
+        for o, state in zip(optimizer, args.resume["optimizers"]):
             o.load_state_dict(state)
     run = model
     if args.compile or args.compile is None and cuda and importlib.util.find_spec("triton"):
