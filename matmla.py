@@ -499,7 +499,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
 
     def forward(self, tokens, targets=None, heads=None, cache=None):
-        """tokens [B, T] -> logits [B, T, vocab_size], and the mean loss in nats if targets [B, T], the next tokens, are given.
+        """tokens [B, T] -> logits [B, T, vocab_size] and, if targets [B, T], the next tokens, are given, the mean loss in nats.
+
+        With targets the gradient flows through the loss only.
 
         heads: as in Attention.forward. cache: from new_cache; the tokens are appended and see all before them.
         ValueError for a token outside the vocabulary (on the CPU), more tokens than the context or the cache
@@ -509,7 +511,8 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is too coarse for a sum of exp
-        return logits, F.cross_entropy(exact.flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten())
+        return logits.detach(), loss                                            # else a compiled backward fills as many zeros
 
     def hidden(self, tokens, heads=None, cache=None):
         """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary."""
