@@ -33,6 +33,8 @@ Every attention below has the same beats in the same order, so that `diff` of tw
   read_absorbed  (latents only) the same result, without ever making keys and values
 """
 
+import functools
+import importlib.util
 import operator
 from dataclasses import dataclass
 
@@ -98,9 +100,12 @@ def attend(q, k, v, positions, scale):
     """(7), (46): o = softmax(qᵀk · scale) v, each query over the keys up to its own position.
 
     q [B, T, n, w], k [B, S, n_kv, w], v [B, S, n_kv, w_v] with n a multiple of n_kv: neighbouring
-    query heads share a key head. positions [T] of the queries, the last T of the S. Returns [B, T, n, w_v].
+    query heads share a key head. positions [T] of the queries; a key's position is its place among the S.
+    Returns [B, T, n, w_v].
     """
     T, S, group, w_v = q.shape[1], k.shape[1], q.shape[2] // k.shape[2], v.shape[-1]
+    if T == 1 < S and q.is_cuda and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return attend_one(q, k, v, positions, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # [B,n,T,w], [B,n_kv,S,·]
     if q.device.type == "cpu":
         v = F.pad(v, (0, q.shape[-1] - w_v))                                    # the CPU's fast kernel wants one width
@@ -110,10 +115,25 @@ def attend(q, k, v, positions, scale):
     else:                                                                       # a chunk after a cache
         q = q.unflatten(1, (-1, group)).flatten(2, 3)                           # heads of a group: just more queries
         past = torch.arange(S, device=q.device) <= positions[:, None]           # [T,S]
-        mask = None if T == 1 else past.repeat(group, 1)                        # the newest token sees everything
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=past.repeat(group, 1), scale=scale)
         o = o.unflatten(2, (group, -1)).flatten(1, 2)
     return o[..., :w_v].transpose(1, 2)
+
+
+def attend_one(q, k, v, positions, scale):
+    """`attend` for one new token on a GPU, by the fastest call of torch whose number of keys is known to the device only."""
+    B, S, n_kv, w = k.shape
+    if n_kv == 1 and (B < 32 or w > 256 or w % 8):                              # few rows, or wider than flash can do
+        scores = (q[:, 0] @ k[:, :, 0].mT).float() * scale                      # [B,n,S]
+        p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
+        return (p.to(v.dtype) @ v[:, :, 0])[:, None]
+    q, k, v_wide = (F.pad(t, (0, w - t.shape[-1] + -w % 8)) for t in (q, k, v)) # flash: S slots for every sequence,
+    ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)
+    used = (positions + 1).int().expand(B).contiguous()                         # of which so many are in use
+    flash = torch.ops.aten._flash_attention_forward                             # varlen_attn(seqused_k=...) from torch 2.12 on
+    k, v_wide = k.flatten(0, 1), v_wide.flatten(0, 1)
+    o, *_ = flash(q[:, 0], k, v_wide, ends, ends * S, 1, S, 0.0, False, False, scale=scale, seqused_k=used)
+    return o[:, None, :, : v.shape[-1]]
 
 
 def slice_width(heads, n_h):
@@ -146,6 +166,10 @@ class Cache:
     def layer(self, i):
         return Cache(self.rows[i], self.heads, self.length)
 
+    def positions(self, T):
+        """Of the next T tokens, [T]."""
+        return torch.arange(self.length, self.length + T, device=self.rows.device)
+
     @torch.no_grad()
     def append(self, new):
         """Store new rows [B, T, numbers]; return all rows so far, [B, S, numbers]. ValueError if they do not fit."""
@@ -157,6 +181,30 @@ class Cache:
         self.rows[:, self.length : self.length + new.shape[1]] = new
         self.length += new.shape[1]
         return self.rows[:, : self.length]
+
+
+class Slots:
+    """Rows of a Cache as a CUDA graph sees them: where the next one goes, position [1], only the device knows.
+
+    Reads see all rows [B, S, numbers]; `attend` leaves out those after `position`. What was recorded for one
+    position is so right for all.
+    """
+
+    length = 0
+
+    def __init__(self, rows, heads, position):
+        self.rows, self.heads, self.position = rows, heads, position
+
+    def layer(self, i):
+        return Slots(self.rows[i], self.heads, self.position)
+
+    def positions(self, T):
+        return self.position
+
+    @torch.no_grad()
+    def append(self, new):
+        self.rows[:, self.position] = new
+        return self.rows
 
 
 # ---------------------------------------------------------------- the five attentions
@@ -186,8 +234,7 @@ class Attention(nn.Module):
                 raise ValueError(f"{len(x)} sequences are not {len(heads)} equal parts without a cache")
             return torch.cat([self(part, m) for part, m in zip(x.split(len(x) // len(heads)), heads)])
         heads = self.check(heads, x.shape[0])
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        positions = cache.positions(x.shape[1]) if cache else torch.arange(x.shape[1], device=x.device)
         if cache is None:
             return self.read(x, self.write(x, positions, heads), positions, heads)
         memory = cache.append(self.write(x, positions, cache.heads))
@@ -514,8 +561,8 @@ class GPT(nn.Module):
         loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten())
         return logits.detach(), loss                                            # else a compiled backward fills as many zeros
 
-    def hidden(self, tokens, heads=None, cache=None):
-        """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary."""
+    def hidden(self, tokens, heads=None, cache=None, block=Block.__call__):
+        """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary. block: how to run one."""
         c = self.config
         length = tokens.shape[1] + (cache.length if cache else 0)
         if length > c.context:
@@ -527,8 +574,8 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                   # the residual stream: half the traffic
-        for i, block in enumerate(self.blocks):
-            x = block(x, heads, cache and cache.layer(i))
+        for i, layer in enumerate(self.blocks):
+            x = block(layer, x, heads, cache and cache.layer(i))
         if cache:
             cache.length += tokens.shape[1]
         return self.norm(x)
@@ -545,36 +592,95 @@ class GPT(nn.Module):
         return Cache(self.embed.weight.new_zeros(shape), heads)
 
     @torch.no_grad()
-    def stream(self, tokens, n, heads=None, temperature=1.0, top_k=None, generator=None):
+    def stream(self, tokens, n, heads=None, temperature=1.0, top_k=None, top_p=1.0, generator=None):
         """Yield n new tokens, each [B], after tokens [B, T], T >= 1. After the prompt, a step computes one token.
 
         heads: one budget for all, as in forward, or a list of n budgets, one per new token (the prompt is read
-        at the first). temperature 0 is greedy. Past the context the older half of the text is forgotten.
+        at the first). temperature 0 is greedy; top_k and top_p keep the most likely tokens, so many or of so much
+        probability together. Past the context the older half of the text is forgotten.
         """
         if tokens.shape[1] == 0:
             raise ValueError("the prompt has 0 tokens, at least 1 is needed")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
+        if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} is below 0, top_k {top_k} below 1, or top_p {top_p} not in 0..1")
         budgets = heads if isinstance(heads, (list, tuple)) else [heads] * n
         if len(budgets) != n:
             raise ValueError(f"{len(budgets)} budgets given for {n} new tokens")
+        for m in budgets:
+            self.blocks[0].attention.check(m, len(tokens))                      # now, not in the middle of a text
+
+        def choose(logits):
+            return sample(logits, temperature, top_k, top_p, generator)
+
         context = self.config.context
         cache = self.new_cache(len(tokens), min(tokens.shape[1] + n, context))
+        step = Step(self, cache, choose, generator) if tokens.is_cuda else None
         new = tokens = tokens[:, -context:]
         for m in budgets:
             if cache.length == context:
                 new, cache.length = tokens[:, -max(context // 2, 1) :], 0
-            logits = self.unembed(self.hidden(new, m, cache)[:, -1]).float()
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
+            if step and cache.length:
+                new = step(new, m).clone()
             else:
-                logits, order = (logits / temperature).sort(descending=True)
-                choice = torch.multinomial(logits[:, :top_k].softmax(-1), 1, generator=generator)
-                new = order.gather(-1, choice)
+                new = choose(self.unembed(self.hidden(new, m, cache)[:, -1]))
             tokens = torch.cat((tokens, new), 1)[:, -context:]
             yield new[:, 0]
 
-    def generate(self, tokens, n, heads=None, temperature=1.0, top_k=None, generator=None):
+    def generate(self, tokens, n, *arguments, **keywords):
         """tokens [B, T] -> [B, T + n]: the prompt and n new tokens. Arguments as in `stream`."""
-        new = [token[:, None] for token in self.stream(tokens, n, heads, temperature, top_k, generator)]
+        new = [token[:, None] for token in self.stream(tokens, n, *arguments, **keywords)]
         return torch.cat((tokens, *new), 1)
+
+
+def sample(logits, temperature, top_k, top_p, generator=None):
+    """logits [B, vocab_size] -> tokens [B, 1]. Arguments as in GPT.stream."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
+    p = logits[:, :top_k].softmax(-1)
+    p = p * (p.cumsum(-1) - p < top_p)                                          # the fewest that together reach top_p
+    race = p / torch.empty_like(p).exponential_(generator=generator)            # its winner is a sample of p: no host needed
+    return order.gather(-1, race.argmax(-1, keepdim=True))
+
+
+@functools.cache
+def compiled_block():
+    """Block.forward, compiled once for all layers; as it is where there is no compiler."""
+    return torch.compile(Block.forward, dynamic=False, fullgraph=True) if importlib.util.find_spec("triton") else Block.forward
+
+
+class Step:
+    """One decoding step on a GPU as a CUDA graph: the host starts it with one call, and never waits.
+
+    There is one graph per budget, and per doubling of the length beyond 1024: a graph reads a fixed number of slots.
+    """
+
+    def __init__(self, model, cache, choose, generator=None):
+        self.model, self.cache, self.choose, self.generator = model, cache, choose, generator
+        self.token = torch.zeros(cache.rows.shape[1], 1, dtype=torch.long, device=cache.rows.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
+        self.graphs = {}
+
+    def __call__(self, token, m):
+        """The token after token [B, 1], [B, 1], which the next call overwrites. m: the budget, as `heads` in GPT.forward."""
+        S = min(self.cache.rows.shape[2], max(1024, 1 << self.cache.length.bit_length()))
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        if (m, S) not in self.graphs:
+            slots = Slots(self.cache.rows[:, :, :S], self.cache.heads, self.position)
+
+            def logits():
+                return self.model.unembed(self.model.hidden(self.token, m, slots, compiled_block())[:, -1])
+
+            with torch._dynamo.config.patch(recompile_limit=64):                # budgets, lengths and batches
+                logits()                                                        # compiles; then record, which runs nothing
+            graph = torch.cuda.CUDAGraph()
+            if self.generator:
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                new = self.choose(logits())
+            self.graphs[m, S] = graph, new
+        graph, new = self.graphs[m, S]
+        graph.replay()
+        self.cache.length += 1
+        return new

@@ -2,9 +2,14 @@
 Continue a prompt with a trained model at any head budget.
 
     python sample.py --heads 4 --prompt "class Tree:"
+    python sample.py --heads 12:64,4:*              the budget changes while generating: 64 tokens at 12 heads, the rest at 4
+    python sample.py --compare                      the same prompt at every budget, with tokens/s and the size of the cache
+    cat story.txt | python sample.py --prompt-file -
 """
 
 import codecs
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,37 +21,91 @@ def settings(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default=Path("out/checkpoint.pt"), type=Path, help="written by train.py")
-    add("--heads", type=int, help="head budget, 1 to all; by default all")
+    add("--heads", default="", help="head budget, 1 to all, or a schedule of budget:tokens, * for the rest; by default all heads")
+    add("--compare", action="store_true", help="once at each budget the model was trained for")
     add("--prompt", default="import ", help="text to continue")
+    add("--prompt-file", help="file with the text to continue; - for standard input")
     add("--tokens", default=400, type=int, help="how many new tokens")
+    add("--samples", default=1, type=int, help="how many texts, in one batch")
     add("--temperature", default=0.8, type=float, help="0 always takes the most likely token")
     add("--top-k", default=40, type=int, help="sample among this many most likely tokens")
+    add("--top-p", default=1.0, type=float, help="and among the fewest that have this much probability together")
     add("--seed", default=0, type=int, help="the same seed gives the same text")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
     args = parser.parse_args(argv)
-    for name, least in (("tokens", 1), ("temperature", 0), ("top_k", 1)):
+    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 1)):
         if not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, the least is {least}")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p is {args.top_p}, it must be above 0 and at most 1")
     return parser, args
 
 
-def main():
-    parser, args = settings()
-    parser.attempt(sample, args)
+def schedule(text, n):
+    """A budget, or one for each of n new tokens: "12:64,4:*" is 64 times 12, then 4. None if text is empty."""
+    parts = [part.split(":") for part in text.split(",")]
+    try:
+        if len(parts) == 1 and len(parts[0]) == 1:
+            return int(text) if text else None
+        budgets = []
+        for m, count in parts:
+            budgets += [int(m)] * (n - len(budgets) if count == "*" else int(count))
+    except ValueError:
+        raise ValueError(f"--heads {text} is neither a number of heads nor a schedule like 12:64,4:*") from None
+    if len(budgets) < n:
+        raise ValueError(f"--heads {text} says what to do for {len(budgets)} tokens, but there are {n}; end it with :*")
+    return budgets[:n]
+
+
+def read_prompt(args):
+    if args.prompt_file is None:
+        return args.prompt
+    try:
+        return (sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")).read().decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.prompt_file} is not UTF-8 text") from None
+
+
+def write(text):
+    """To the screen as it comes, as UTF-8 also where the terminal would rather not."""
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
 
 
 def sample(args):
     device = pick_device(args.device)
     model, encoding = load(args.checkpoint, device)
-    prompt = torch.tensor([encoding.encode_ordinary(args.prompt)], dtype=torch.long, device=device)
-    seeded = torch.Generator(device).manual_seed(args.seed)
-    stream = model.stream(prompt, args.tokens, args.heads, args.temperature, args.top_k, seeded)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")                  # a character may span several tokens
-    text = args.prompt
-    for token in stream:
-        print(text, end="", flush=True)
-        text = decoder.decode(token_bytes(encoding, token.item()))
-    print(text + decoder.decode(b"", final=True))
+    model = model.bfloat16() if device.type == "cuda" else model                # half the bytes to read per token
+    if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 1e7:
+        torch.set_num_threads(1)                                                # a step is too short to be shared
+    text = read_prompt(args)
+    prompt = torch.tensor([encoding.encode_ordinary(text)] * args.samples, dtype=torch.long, device=device)
+    for heads in model.config.budgets if args.compare else [schedule(args.heads, args.tokens)]:
+        seeded = torch.Generator(device).manual_seed(args.seed)
+        stream = model.stream(prompt, args.tokens, heads, args.temperature, args.top_k, args.top_p, seeded)
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompt]    # a character may span several tokens
+        texts, times = [text] * args.samples, []
+        if args.compare:
+            write(f"--- {heads} heads ---\n")
+        for i, tokens in enumerate(stream):
+            times.append(time.perf_counter())
+            if i == 0 and args.samples == 1:
+                write(text)
+            new = [decoder.decode(token_bytes(encoding, token)) for decoder, token in zip(decoders, tokens.tolist())]
+            texts = [old + more for old, more in zip(texts, new)]
+            if args.samples == 1:
+                write(new[0])
+        ends = [decoder.decode(b"", final=True) for decoder in decoders]
+        write(ends[0] + "\n" if args.samples == 1 else "\n---\n".join(t + end for t, end in zip(texts, ends)) + "\n")
+        if args.compare and len(times) > 2:                                     # the first steps read the prompt and warm up
+            speed = args.samples * (len(times) - 2) / (time.perf_counter() - times[1])
+            cache = model.new_cache(args.samples, 1).nbytes
+            write(f"--- {heads} heads: {speed:,.0f} tokens/s, {cache:,} bytes of cache per token ---\n\n")
+
+
+def main():
+    parser, args = settings()
+    parser.attempt(sample, args)
 
 
 if __name__ == "__main__":

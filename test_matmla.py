@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import matmla
-from matmla import ATTENTION, GPT, Config, attend, rope
+from matmla import ATTENTION, GPT, Config, Slots, attend, rope, sample
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
 HERE = Path(__file__).parent
@@ -475,6 +475,93 @@ def test_greedy_generation_equals_recomputing_the_prefix(attention):
             assert torch.equal(predicted[T - 1 :], sequence[T:])
 
 
+@every_variant
+def test_greedy_decoding_equals_uncached_over_200_tokens_in_float32(attention):
+    model, tokens, n = make(attention, dtype=torch.float32, context=256), some_tokens(3), 200
+    budgets = budgets_of(attention)[0], budgets_of(attention)[-1]
+    for heads in (*budgets, torch.tensor([*budgets, budgets[0]])) if attention in NESTED else budgets[:1]:
+        text = model.generate(tokens, n, heads=heads, temperature=0)
+        predicted = model(text[:, :-1], heads=heads)[0].argmax(-1)                                 # one pass, no cache
+        assert torch.equal(predicted[:, T - 1 :], text[:, T:])
+
+
+@every_nested
+def test_greedy_schedule_equals_oracle_over_200_tokens(attention):
+    model, n = make(attention, dtype=torch.float32, context=256, n_layer=1), 200
+    schedule = [6] * 70 + [1] * 60 + [4] * 70
+    text = model.generate(some_tokens(1), n, heads=schedule, temperature=0)[0]
+    predicted = oracle(model.double(), text[:-1], [6] * T + schedule[1:]).argmax(-1)
+    assert torch.equal(predicted[T - 1 :], text[T:])
+
+
+@every_variant
+@torch.no_grad()
+def test_decoding_by_slots_equals_decoding_by_cache(attention):
+    """What a CUDA graph runs: fixed slots of which the last are unused, and a position that only a tensor knows."""
+    model, tokens = make(attention), some_tokens()
+    cache, other = model.new_cache(B, 20), model.new_cache(B, 20)
+    other.rows.fill_(7.0)                                                                          # nothing unused may be read
+    for c in (cache, other):
+        model(tokens[:, :9], cache=c)
+    position = torch.tensor([8])
+    slots = Slots(other.rows[:, :, :16], other.heads, position)
+    for m, token in zip(budgets_of(attention) * 4, tokens[:, 9:].split(1, 1)):
+        position += 1
+        assert error(model.unembed(model.hidden(token, m, slots)), model(token, heads=m, cache=cache)[0]) < TIGHT
+    assert error(other.rows[:, :, :T], cache.rows[:, :, :T]) < TIGHT
+
+
+def test_attend_one_by_matmuls_equals_attend():
+    q, rows, position = torch.randn(B, 1, 6, 12), torch.randn(B, 20, 1, 12), torch.tensor([13])
+    expected = attend(q, rows[:, :14], rows[:, :14], position, 0.3)
+    assert error(matmla.attend_one(q, rows, rows, position, 0.3), expected) < LOOSE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_variant
+@pytest.mark.parametrize("batch", [2, 40])
+def test_cuda_graphs_decode_like_the_cpu_with_one_graph_per_budget(attention, batch, monkeypatch):
+    model, tokens = make(attention, dtype=torch.float32, d_h=16, d_c=24, d_R=8), some_tokens(batch)
+    budgets = budgets_of(attention)
+    heads = [m for m in budgets for _ in range(8)] * 2
+    steps = []
+    real = matmla.Step.__init__
+    monkeypatch.setattr(matmla.Step, "__init__", lambda self, *a: (steps.append(self), real(self, *a))[1])
+    expected = model.generate(tokens, len(heads), heads=heads, temperature=0)
+    assert torch.equal(model.cuda().generate(tokens.cuda(), len(heads), heads=heads, temperature=0).cpu(), expected)
+    assert len(steps[0].graphs) == len(budgets)
+    half = model.bfloat16()
+    logits = []
+    for device in ("cpu", "cuda"):                                                                 # the kernels for bfloat16
+        half, cache = half.to(device), None
+        cache = half.new_cache(batch, 20)
+        half.hidden(tokens.to(device), None, cache)
+        step = matmla.Step(half, cache, lambda x: x) if device == "cuda" else None
+        with torch.no_grad():
+            token = tokens[:, :1].to(device)
+            logits.append(step(token, budgets[-1]) if step else half(token, heads=budgets[-1], cache=cache)[0][:, -1])
+    assert error(logits[1].cpu().double(), logits[0].double()) < 0.05
+
+
+def test_temperature_0_and_top_k_1_and_a_tiny_top_p_are_greedy():
+    logits = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).round(decimals=1)     # with ties
+    greedy = sample(logits, 0, None, 1.0)
+    assert torch.equal(greedy[:, 0], torch.from_numpy(logits.numpy().argmax(-1)))                  # the first of them
+    assert torch.equal(sample(logits, 1.0, 1, 1.0), greedy) and torch.equal(sample(logits, 0.7, None, 1e-6), greedy)
+
+
+def test_sampling_follows_the_distribution_that_top_k_and_top_p_leave():
+    p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+    draw = torch.Generator().manual_seed(0)
+    for top_k, top_p, left in ((None, 1.0, [0, 1, 2, 3, 4]), (3, 1.0, [1, 3, 4]), (None, 0.6, [1, 3]), (None, 0.66, [1, 3, 4]), (2, 0.3, [1])):
+        tokens = sample(p.log().expand(20000, 5), 1.0, top_k, top_p, draw)
+        expected = torch.zeros(5).index_copy(0, torch.tensor(left), p[left] / p[left].sum())
+        found = torch.bincount(tokens[:, 0], minlength=5) / 20000
+        assert (found - expected).abs().max() < 0.015, (top_k, top_p)
+    colder = sample(p.log().expand(20000, 5), 0.5, None, 1.0, draw)
+    assert (torch.bincount(colder[:, 0], minlength=5) / 20000 - p**2 / (p**2).sum()).abs().max() < 0.015
+
+
 def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
     model = make("matmla")
     for length in (1, 63, 64, 65, 200):
@@ -664,6 +751,21 @@ def test_sample_is_the_models_own_generation(trained):
         assert printed == encoding.decode(tokens.tolist()) + "\n"
 
 
+def test_sample_compares_budgets_and_takes_schedules_files_and_batches(trained, tmp_path):
+    from train import load
+
+    common = ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--device", "cpu", "--temperature", "0")
+    compared = run(tmp_path, *common, "--compare", "--tokens", "12", "--prompt", "def ")
+    assert all(f"--- {m} heads ---\ndef " in compared and f"--- {m} heads: " in compared for m in (12, 8, 4))
+    (tmp_path / "prompt.txt").write_text("def é", "utf-8")
+    model, encoding = load(trained[0] / "out/checkpoint.pt", "cpu")
+    prompt = torch.tensor([encoding.encode("def é")])
+    expected = encoding.decode(model.generate(prompt, 30, heads=[12] * 10 + [4] * 20, temperature=0)[0].tolist())
+    flags = "--heads", "12:10,4:*", "--tokens", "30", "--prompt-file", tmp_path / "prompt.txt"
+    assert run(tmp_path, *common, *flags) == expected + "\n"
+    assert run(tmp_path, *common, *flags, "--samples", "2") == f"{expected}\n---\n{expected}\n"
+
+
 def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -689,7 +791,13 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("sample.py", "--checkpoint", "foreign.pt"): ("foreign.pt",),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "13"): ("13", "12"),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--prompt", ""): ("0 tokens",),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "12:5,99:*"): ("99", "12"),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "12:5,4:9"): ("14", "400", ":*"),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "all"): ("all", "12:64,4:*"),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--prompt-file", "nothing.txt"): ("nothing.txt",),
+        ("sample.py", "--top-p", "0"): ("--top-p", "0"),
         ("bench_cache.py", "--preset", "huge"): ("huge",),
+        ("bench_cache.py", "--switch", "nothing"): ("nothing",),
     }.items():
         script = importlib.import_module(command[0].removesuffix(".py"))
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
@@ -711,8 +819,38 @@ def test_bytes_survive_the_encoding():
 
 
 def test_bench_measures_what_the_formula_says(tmp_path):
-    rows = json.loads(run(tmp_path, "bench_cache.py", "--preset", "paper").splitlines()[-1])["rows"]
+    rows = json.loads(run(tmp_path, "bench_cache.py", "--preset", "paper", "--device", "cpu").splitlines()[-1])["sizes"]
     assert all(row["measured"] == row["formula"] for row in rows)
     assert {row["variant"]: row["measured"] for row in rows if "ragged" not in row["layout"]} == {
         "mha": 61440, "nested_mha": 61440, "gqa": 20480, "mla": 10240, "matmla": 10240,
     }
+    rows = json.loads(run(tmp_path, "bench_cache.py", "--preset", "deepseek-v3", "--device", "cpu").splitlines()[-1])["sizes"]
+    assert [row["measured"] for row in rows] == [70272, 327680, 516096]                            # as published
+
+
+def test_bench_times_every_variant(monkeypatch):
+    import bench_cache
+
+    config = Config(**SIZES | {"n_layer": 1})
+    rows = bench_cache.speeds(config, [(2, 24)], torch.device("cpu"))
+    assert [(row["variant"], row["reader"], row["heads"]) for row in rows][-3:] == [("matmla", "absorbed", m) for m in (6, 4, 1)]
+    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows) and matmla.attend_one.__module__ == "matmla"
+
+
+def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monkeypatch):
+    import bench_cache
+    import train
+
+    monkeypatch.chdir(trained[0])
+    model, _ = train.load(Path("out/checkpoint.pt"), "cpu")
+    variant, table = bench_cache.switching(Path("out"), torch.device("cpu"), count=16)
+    assert variant == "matmla" and list(table) == [12, 8, 4]
+    _, args, config = train.settings(SMALL)
+    _, tokens = train.read_tokens(train.prepare(args), args, config)
+    starts = np.linspace(0, len(tokens) - 33, 16).astype(int)
+    losses = []
+    for start in starts:                                                                           # both halves at 8 heads: one plain pass
+        x = torch.from_numpy(tokens[start : start + 33].astype(np.int64))
+        logits = model(x[None, :-1], heads=8)[0][0]
+        losses.append(nn.functional.cross_entropy(logits[16:], x[17:]).item())
+    assert table[8][8] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)

@@ -329,6 +329,35 @@ def passes(args, config, step, rows):
     return [(torch.from_numpy(dealt), 1.0)]
 
 
+def learn(run, optimizer, tokens, step, args, config, autocast):
+    """One optimizer step on this process's share of a batch; its mean loss, a number that is still on the device."""
+    device, shared = next(run.parameters()).device, isinstance(run, torch.nn.parallel.DistributedDataParallel)
+    world, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
+    for o, top in zip(optimizer, (args.lr, args.lr_adamw)):
+        for group in o.param_groups:
+            group["lr"] = top * rate(step, args)
+    order = np.random.default_rng((args.seed, step))                            # from seed and step alone: nothing to save
+    starts = order.integers(len(tokens) - config.context, size=args.batch)
+    mine = np.arange(rank, args.batch, world)
+    count = math.ceil(len(mine) / args.micro_batch)
+    parts = [mine[i::count] for i in range(count)]
+    total = torch.zeros((), device=device)
+    for rows in parts:
+        x, y = windows(tokens, starts[rows], config.context, device)
+        todo = passes(args, config, step, rows)
+        for i, (heads, weight) in enumerate(todo):
+            heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
+            last = rows is parts[-1] and i == len(todo) - 1
+            with autocast, run.no_sync() if shared and not last else contextlib.nullcontext():    # share gradients once
+                loss = run(x, y, heads=heads)[1] * (weight * len(rows) / len(mine))
+                loss.backward()
+            total += loss.detach()
+    for o in optimizer:
+        o.step()
+        o.zero_grad()
+    return total
+
+
 def flops_per_token(args, config):
     """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
     with torch.device("meta"):
@@ -535,34 +564,13 @@ def train(args, config):
     if first == 0:
         look(0)
     for step in range(first, args.steps):
-        for o, top in zip(optimizer, (args.lr, args.lr_adamw)):
-            for group in o.param_groups:
-                group["lr"] = top * rate(step, args)
-        order = np.random.default_rng((args.seed, step))                        # from seed and step alone: nothing to save
-        starts = order.integers(len(train_tokens) - config.context, size=args.batch)
-        mine = np.arange(rank, args.batch, world)
-        count = math.ceil(len(mine) / args.micro_batch)
-        parts = [mine[i::count] for i in range(count)]
-        total = torch.zeros((), device=device)
-        for rows in parts:
-            x, y = windows(train_tokens, starts[rows], config.context, device)
-            todo = passes(args, config, step, rows)
-            for i, (heads, weight) in enumerate(todo):
-                heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
-                last = rows is parts[-1] and i == len(todo) - 1                 # share gradients once a step
-                with autocast, contextlib.nullcontext() if last or world == 1 else run.no_sync():
-                    loss = run(x, y, heads=heads)[1] * (weight * len(rows) / len(mine))
-                    loss.backward()
-                total += loss.detach()
-        for o in optimizer:
-            o.step()
-            o.zero_grad()
+        loss = learn(run, optimizer, train_tokens, step, args, config, autocast)
         bar.update(args.batch * config.context)
 
         done = step + 1
         stop = bool(asked) and world == 1
         if step % 10 == 0 or done == args.steps:                                # only here does the host wait for the device
-            news = torch.stack((total / world, torch.full_like(total, len(asked))))
+            news = torch.stack((loss / world, torch.full_like(loss, len(asked))))
             if world > 1:
                 dist.all_reduce(news)
             value, stop = news[0].item(), news[1].item() > 0                    # all processes stop after the same step
@@ -586,28 +594,30 @@ def train(args, config):
             if master:
                 print(f"stopped after step {done}; continue with --resume --out {args.out}")
             return
-    seconds = time.perf_counter() - start
+    seconds, speed = time.perf_counter() - start, float(np.median(speeds)) if speeds else 0.0
     val = look(args.steps)
     bar.close()
     if world > 1:
         dist.destroy_process_group()
     if not master:
         return
+    finish(model, encoding, args, log, dict(
+        variant=config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else ""),
+        parameters=size, tokens=bar.total, flops=cost * bar.total, cache_bytes=GPT(config).bfloat16().new_cache(1, 1).nbytes,
+        val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
+        device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}", torch=torch.__version__))
 
-    tokens = args.steps * args.batch * config.context
-    variant = config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else "")
-    speed = float(np.median(speeds)) if speeds else 0.0
-    cache_bytes = GPT(config).bfloat16().new_cache(1, 1).nbytes
-    log.write(json.dumps({"step": args.steps, "final": dict(
-        variant=variant, parameters=size, tokens=tokens, flops=cost * tokens, cache_bytes=cache_bytes, val_loss=val,
-        seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
-        device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}", torch=torch.__version__)}) + "\n")
-    print(f"trained in {seconds / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
+
+def finish(model, encoding, args, log, final):
+    """What a finished run leaves: its last line of metrics, its figure, a table and a sample at each budget."""
+    log.write(json.dumps({"step": args.steps, "final": final}) + "\n")
+    print(f"trained in {final['seconds'] / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
     draw_losses(args.out)
     report([args.out], args.out)
     encoding, prompt = get_encoding(encoding), "def read(self, " if args.data == "stdlib" else "The "
-    for m in config.budgets:
-        text = model.eval().generate(torch.tensor([encoding.encode(prompt)], device=device), 200, m, temperature=0.8, top_k=40)
+    prompt = torch.tensor([encoding.encode(prompt)], device=model.embed.weight.device)
+    for m in final["val_loss"]:
+        text = model.eval().generate(prompt, 200, m, temperature=0.8, top_k=40)
         text = b"".join(token_bytes(encoding, token) for token in text[0].tolist()).decode(errors="replace")
         print(f"\n--- a sample at {m} heads ---\n{text}")
 
