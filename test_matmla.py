@@ -5,16 +5,20 @@ written from the equations of DeepSeek-V2 (arXiv:2405.04434) and RoFormer (arXiv
     python -m pytest
 """
 
+import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import matmla
 from matmla import ATTENTION, GPT, Config, Slots, attend, rope, sample
@@ -40,10 +45,11 @@ SIZES = dict(
 B, T = 2, 13
 
 
-def make(attention, seed=0, dtype=torch.float64, **sizes):
+def make(attention, seed=0, dtype=torch.float64, lab=None, **sizes):
     """A model with weights large enough that attention is far from uniform, and norms that are not all ones."""
     torch.manual_seed(seed)
-    model = GPT(Config(attention=attention, **SIZES | sizes)).to(dtype)
+    lab = lab or matmla
+    model = lab.GPT(lab.Config(attention=attention, **SIZES | sizes)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 2 else 1))
@@ -569,6 +575,295 @@ def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
         assert a.shape == (B, length + 80) and torch.equal(a, b) and torch.equal(a[:, :length], some_tokens(length=length))
 
 
+# ---------------------------------------------------------------- exercises: write parts of matmla.py yourself
+
+LAB = os.environ.get("MATMLA", "matmla").removesuffix(".py")    # whose answers are graded
+REFERENCE = Path(matmla.__file__).read_text("utf-8")
+EXERCISES = {}    # number: (title, functions to write, hint, grade)
+
+
+def exercise(title, functions, hint):
+    number = len(EXERCISES) + 1
+    return lambda grade: EXERCISES.setdefault(number, (title, functions.split(), f"exercise {number}: {hint}", grade))
+
+
+def definitions(text):
+    """Every function, method and class of a file by its name: "rope", "MHA", "MHA.write". Values are nodes of its syntax tree."""
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+            found |= {f"{node.name}.{inner.name}": inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def blank(text, numbers):
+    """The text, in which the functions of these exercises keep their signature and docstring, but not their body."""
+    lines, nodes = text.splitlines(), definitions(text)
+    edits = [(nodes[name], EXERCISES[n][2]) for n in numbers for name in EXERCISES[n][1]]
+    for node, hint in sorted(edits, key=lambda edit: -edit[0].lineno):
+        documented = len(node.body) > 1 and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+        body = node.body[1 if documented else 0]
+        lines[body.lineno - 1 : node.end_lineno] = [" " * body.col_offset + f"raise NotImplementedError({hint!r})"]
+    return "\n".join(lines) + "\n"
+
+
+def graft(text, answers, names):
+    """The text, with functions `names` as `answers` has them, and with what `answers` defines or imports besides."""
+    lines, nodes, theirs, source = text.splitlines(), definitions(text), definitions(answers), answers.splitlines()
+    for name in sorted(names, key=lambda name: -nodes[name].lineno):
+        assert name in theirs, f"{name} is gone from the answers"
+        lines[nodes[name].lineno - 1 : nodes[name].end_lineno] = source[theirs[name].lineno - 1 : theirs[name].end_lineno]
+    for node in ast.parse(answers).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "GPT") not in nodes:
+            lines += source[node.lineno - 1 : node.end_lineno]
+    return "\n".join(lines) + "\n"
+
+
+def load_text(text):
+    module = types.ModuleType("lab")
+    exec(compile(text, "lab.py", "exec"), module.__dict__)
+    return module
+
+
+def grade(number, answers):
+    """All but this exercise is the reference, so that each is graded for itself; not attempted is a skip."""
+    _, names, _, check = EXERCISES[number]
+    try:
+        check(load_text(graft(REFERENCE, answers, names)))
+    except NotImplementedError as blank:
+        pytest.skip(str(blank))
+
+
+def same(found, expected, what):
+    if found.shape != expected.shape:
+        pytest.fail(f"{what}: the shape is {list(found.shape)}, it should be {list(expected.shape)}")
+    if not (off := error(found, expected)) < TIGHT:
+        pytest.fail(f"{what}: off by {off:.1e}")
+
+
+def equal_to_oracle(lab, attention, budgets, short=None, lengths=(8, 1, 4)):
+    """Whole sequences without a cache, and in chunks through one, give the logits of the oracle at every budget."""
+    for d_cq in (22, 0) if attention in LATENT else (22,):
+        model, tokens = make(attention, lab=lab, d_cq=d_cq), some_tokens()
+        for block in model.blocks:
+            block.attention.short = block.attention.short if short is None else short
+        for m in budgets:
+            expected = torch.stack([oracle(model, sequence, [m] * T) for sequence in tokens])
+            same(model(tokens, heads=m)[0], expected, f"{attention} at {m} heads")
+            same(chunked(model, tokens, lengths, [m] * len(lengths))[0], expected, f"{attention} at {m} heads, through the cache")
+
+
+@exercise("RoPE", "rope", "turn every pair (x0,x1), (x2,x3), ... by its angle; keep the shape of x")
+def _(lab):
+    x = torch.randn(B, 4, 3, 8, dtype=torch.float64)
+    for start in (0, 5):
+        expected = torch.stack([torch.stack([torch.stack([oracle_rope(x[b, t, n], start + t, 100.0) for n in range(3)])
+                                             for t in range(4)]) for b in range(B)])
+        positions = torch.arange(start, start + 4)
+        same(lab.rope(x, positions, 100.0), expected, f"RoPE from position {start}")
+        same(lab.rope(x[:, :, 0], positions, 100.0), expected[:, :, 0], f"RoPE of one key for all heads, from position {start}")
+
+
+@exercise("softmax attention", "attend", "o = softmax(qᵀk · scale) v over the keys up to each query's own position; return [B,T,n,w_v]")
+def _(lab):
+    q, k, v = (torch.randn(B, T, n, w, dtype=torch.float64) for n, w in ((6, 10), (3, 10), (3, 7)))
+    for queries in (T, 4, 1):
+        o = torch.zeros(B, queries, 6, 7, dtype=torch.float64)
+        for b, t, n in itertools.product(range(B), range(queries), range(6)):
+            s = T - queries + t + 1                                                                # so many keys are seen
+            o[b, t, n] = (k[b, :s, n // 2] @ q[b, T - queries + t, n] * 0.3).softmax(0) @ v[b, :s, n // 2]
+        same(lab.attend(q[:, T - queries :], k, v, torch.arange(T - queries, T), 0.3), o, f"the last {queries} of {T} queries")
+
+
+@exercise("multi-head attention", "MHA.write MHA.read", "(1)-(8): what a token leaves, and how a query uses it")
+def _(lab):
+    model, x = make("mha", lab=lab), torch.randn(B, T, 40, dtype=torch.float64)
+    row = model.blocks[0].attention.write(x, torch.arange(T), 6)
+    assert row.shape == (B, T, 2 * 6 * 10), f"a token should leave 120 numbers, a key and a value for 6 heads: {list(row.shape)}"
+    equal_to_oracle(lab, "mha", [6])
+
+
+@exercise("the cache", "Cache.append", "store new rows, count them, return all rows so far; a ValueError if they do not fit")
+def _(lab):
+    cache, rows = lab.Cache(torch.zeros(B, 5, 7), 6), torch.randn(B, 6, 7)
+    for first, last in ((0, 2), (2, 3), (3, 5)):
+        so_far = cache.append(rows[:, first:last])
+        assert cache.length == last, f"after {last} rows the cache says it has {cache.length}"
+        assert so_far.shape == (B, last, 7), f"after {last} rows it returns {list(so_far.shape)}"
+        assert torch.equal(so_far, rows[:, :last]), "it returns other rows than it was given"
+    for new in (rows[:, 5:], torch.zeros(B + 1, 0, 7)):
+        with pytest.raises(ValueError):
+            cache.append(new)
+    assert cache.length == 5 and torch.equal(cache.rows, rows[:, :5]), "what was refused has changed the cache"
+
+
+@exercise("nested heads", "NestedMHA.write NestedMHA.read", "the first m heads alone; slice the weights, so that compute shrinks")
+def _(lab):
+    equal_to_oracle(lab, "nested_mha", [6, 4, 1])
+    model, x = make("nested_mha", lab=lab), torch.randn(B, T, 40, dtype=torch.float64)
+    assert model.blocks[0].attention.write(x, torch.arange(T), 4).shape == (B, T, 2 * 4 * 10), "at 4 heads a token should leave 80 numbers"
+    shrinks(model, [6, 4, 1])
+    tokens, ragged = some_tokens(), model.new_cache(B, T, heads=4)
+    model(tokens[:, :9], heads=4, cache=ragged)
+    with pytest.raises(ValueError):
+        model(tokens[:, 9:], heads=6, cache=ragged)                                                # two heads would find nothing
+
+
+def flops(model, tokens, m, cache=None):
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, heads=m, cache=cache)
+    return counter.get_total_flops()
+
+
+def shrinks(model, budgets):
+    costs = [flops(model, some_tokens(), m) for m in budgets]
+    assert costs == sorted(costs, reverse=True) and len(set(costs)) == len(costs), f"{budgets} heads cost {costs} operations"
+
+
+@exercise("grouped queries", "GQA.write GQA.read", "n_kv keys and values; neighbouring heads share one")
+def _(lab):
+    x = torch.randn(B, T, 40, dtype=torch.float64)
+    row = make("gqa", lab=lab).blocks[0].attention.write(x, torch.arange(T), 6)
+    assert row.shape == (B, T, 2 * 3 * 10), f"a token should leave 60 numbers, a key and a value for 3 groups: {list(row.shape)}"
+    equal_to_oracle(lab, "gqa", [6])
+
+
+@exercise("the latent and the decoupled key", "MLA.write MatMLA.write", "(41) c_KV after its norm, then (43) k_R after RoPE")
+def _(lab):
+    for attention in LATENT:
+        a, x = make(attention, lab=lab).blocks[0].attention, torch.randn(1, 4, 40, dtype=torch.float64)
+        row = a.write(x, torch.arange(5, 9), 6)
+        assert row.shape == (1, 4, 14 + 8), f"a token should leave d_c + d_R = 14 + 8 numbers: {list(row.shape)}"
+        for t in range(4):
+            same(row[0, t, :14], oracle_rmsnorm(a.W_DKV.weight @ x[0, t], a.norm_KV), "c_KV, after its norm")
+            same(row[0, t, 14:], oracle_rope(a.W_KR.weight @ x[0, t], 5 + t, 10000.0), "k_R, after RoPE at the token's position")
+
+
+@exercise("latent attention", "MLA.queries MLA.read", "(37)-(40), (42)-(47): queries, keys and values from the latents")
+def _(lab):
+    equal_to_oracle(lab, "mla", [6], short=0)
+
+
+@exercise("absorption", "MLA.read_absorbed", "the same result, but never make keys or values: carry q_C into the latent, read, come back")
+def _(lab):
+    equal_to_oracle(lab, "mla", [6], short=math.inf)
+    costs = []
+    for short in (0, math.inf):
+        model = make("mla", lab=lab)
+        for block in model.blocks:
+            block.attention.short = short
+        cache = model.new_cache(B, 64)
+        model(some_tokens(length=60), cache=cache)
+        costs.append(flops(model, some_tokens(length=1), 6, cache))
+    assert costs[1] < costs[0] / 2, f"one token after 60 costs {costs[1]} operations, and {costs[0]} if keys and values are made"
+
+
+@exercise("MatMLA", "MatMLA.queries MatMLA.read MatMLA.read_absorbed", "MLA's first m heads: slice W_UQ, W_QR, W_UK, W_UV by rows, W_O by columns")
+def _(lab):
+    for short in (0, math.inf):
+        equal_to_oracle(lab, "matmla", [6, 4, 1], short)
+    shrinks(make("matmla", lab=lab), [6, 4, 1])
+    model, tokens = make("matmla", lab=lab), some_tokens(1)
+    changing, _ = chunked(model, tokens, [5, 4, 4], [6, 2, 6])
+    same(changing[0], oracle(model, tokens[0], [6] * 5 + [2] * 4 + [6] * 4), "6, then 2, then 6 heads on one cache")
+
+
+@exercise("the mixed objective", "mask_heads", "one pass, a budget per sequence: zero what heads beyond its budget read")
+def _(lab):
+    o = torch.randn(3, T, 6, 10)
+    assert torch.equal(lab.mask_heads(o, 6), o), "with one budget for all, nothing is left to mask"
+    masked = lab.mask_heads(o, torch.tensor([6, 1, 4]))
+    for i, m in enumerate((6, 1, 4)):
+        assert torch.equal(masked[i, :, :m], o[i, :, :m]), f"a head within the budget of {m} has changed"
+        assert not masked[i, :, m:].any(), f"a head beyond the budget of {m} is left"
+
+
+@exercise("cache arithmetic", "MHA.numbers NestedMHA.numbers GQA.numbers MLA.numbers MatMLA.numbers", "how many numbers a token leaves in one layer")
+def _(lab):
+    for attention, m, expected in (("mha", 6, 120), ("nested_mha", 6, 120), ("nested_mha", 4, 80), ("gqa", 6, 60),
+                                   ("mla", 6, 22), ("matmla", 6, 22), ("matmla", 1, 22)):
+        found = make(attention, lab=lab).blocks[0].attention.numbers(m)
+        assert found == expected, f"{attention} at {m} heads: {found} numbers, {expected} are right (sizes: {SIZES})"
+
+
+@exercise("where absorption stops to pay", "absorb_below", "the T at which naive, 2·d_c·d_h + T·2·d_h, costs as much as absorbed, T·2·d_c")
+def _(lab):
+    for d_c, d_h in ((512, 128), (14, 10), (40, 12)):
+        limit = lab.absorb_below(d_c, d_h)
+        cheaper = [T for T in range(1, 400) if T * 2 * d_c < 2 * d_c * d_h + T * 2 * d_h]
+        assert [T for T in range(1, 400) if T < limit] == cheaper, f"d_c = {d_c}, d_h = {d_h}: absorbed is cheaper up to T = {cheaper[-1]}, not {limit}"
+    assert lab.absorb_below(8, 10) > 1e9, "with a latent no wider than a head, absorbed is always cheaper"
+
+
+@pytest.mark.parametrize("number", EXERCISES, ids=[f"{n}-{title.replace(' ', '-')}" for n, (title, *_) in EXERCISES.items()])
+def test_exercise(number):
+    grade(number, Path(f"{LAB}.py").read_text("utf-8") if LAB != "matmla" else REFERENCE)
+
+
+def test_blanked_copy_is_skipped_and_each_body_put_back_passes():
+    empty = blank(REFERENCE, EXERCISES)
+    for number, (_, names, hint, _) in EXERCISES.items():
+        with pytest.raises(pytest.skip.Exception, match=re.escape(hint)):
+            grade(number, empty)
+        grade(number, graft(empty, REFERENCE, names))
+
+
+def test_an_answer_by_another_road_and_with_a_helper_of_its_own_passes():
+    other = REFERENCE.replace("    return torch.cat((k, v), -1).flatten(2) ", "    return torch.cat(flat(k, v), -1) ")    # all keys, then all values
+    other = other.replace("k, v = memory.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1) ",
+                          "k, v = (t.unflatten(-1, (-1, self.d_h)) for t in memory.chunk(2, -1)) ")
+    assert other.count("flat(k, v)") == 3
+    grade(3, other + "\n\ndef flat(*parts):\n    return [part.flatten(2) for part in parts]\n")
+
+
+# ---------------------------------------------------------------- tests of the tests: break matmla.py, see a named test fail
+
+MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and its arguments, text, what to put there
+    ("RoPE turns halves, not neighbours", 1, "rope_turns_interleaved_pairs_by_position", (), "x0, x1 = x[..., 0::2], x[..., 1::2]", "x0, x1 = x.chunk(2, -1)"),
+    ("RoPE turns backwards", 1, "rope_turns_interleaved_pairs_by_position", (), "x0 * cos - x1 * sin, x0 * sin + x1 * cos", "x0 * cos + x1 * sin, x1 * cos - x0 * sin"),
+    ("a query sees the token after it", 2, "chunk_after_a_cache_is_causal", ("mla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 1"),
+    ("a query does not see itself", 2, "any_chunking_equals_uncached", ("mha", 0, [7, 1, 5]), "device=q.device) <= positions[:, None]", "device=q.device) < positions[:, None].clamp(min=1)"),
+    ("values are padded and not cut", 2, "attend_returns_values_at_their_own_width", (), "return o[..., :w_v].transpose(1, 2)", "return o.transpose(1, 2)"),
+    ("keys are cached before RoPE", 3, "logits_equal_oracle_at_every_budget", ("mha", torch.float64, TIGHT), "k = rope(k, positions, self.rope_base)", "k = k * 1"),
+    ("RoPE starts at 0 with every chunk", None, "decoding_continues_rope_positions", ("gqa",), "return torch.arange(self.length, self.length + T,", "return torch.arange(0, T,"),
+    ("the cache does not count", 4, "any_chunking_equals_uncached", ("mla", 0, [7, 1, 5]), "self.length += new.shape[1]\n        return", "return"),
+    ("a full cache is written with m heads only", None, "nested_mha_full_cache_computes_and_stores_all_heads_at_any_budget", (), "slice_width(heads, self.n_h)\n        k = F.linear(x", "2\n        k = F.linear(x"),
+    ("nested MHA reads the first head twice", 5, "budget_m_is_a_separate_model_of_the_first_m_heads", ("nested_mha",), "[:, :, :m].chunk(2, -1)", "[:, :, [*range(m - 1), 0]].chunk(2, -1)"),
+    ("GQA's heads take keys in turn", 6, "logits_equal_oracle_at_every_budget", ("gqa", torch.float64, TIGHT), "o = attend(q, k, v, positions, self.d_h**-0.5)                          # head h", "o = attend(q.unflatten(2, (-1, self.n_kv)).transpose(2, 3).flatten(2, 3), k, v, positions, self.d_h**-0.5)  # head h"),
+    ("the latent is cached before its norm", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("mla",), "c_KV = self.norm_KV(self.W_DKV(x)) ", "c_KV = self.W_DKV(x) "),
+    ("k_R is cached before RoPE", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("matmla",), "k_R = rope(self.W_KR(x), positions, self.rope_base)", "k_R = self.W_KR(x)"),
+    ("the softmax scale forgets d_R", None, "softmax_scale_is_one_over_root_of_whole_query_width", (), "self.scale = (c.d_h + c.d_R) ** -0.5", "self.scale = c.d_h**-0.5"),
+    ("queries are made of the latent before its norm", 8, "logits_equal_oracle_at_every_budget", ("mla", torch.float64, TIGHT), "c_Q = self.norm_Q(self.W_DQ(x))", "c_Q = self.W_DQ(x)"),
+    ("absorbed reading sums W_UK's wrong side", 9, "any_chunking_equals_uncached", ("mla", math.inf, [1] * 13), "Σ p (W_UV c) = W_UV Σ p c\n        return self.W_O(o.flatten(2))", "Σ p\n        return self.W_O(o.transpose(2, 3).flatten(2))"),
+    ("the head slice is one head too long", None, "head_slice_ends_exactly_at_m", ("matmla",), "return heads if isinstance(heads, int) else n_h", "return min(heads + 1, n_h) if isinstance(heads, int) else n_h"),
+    ("W_O is sliced on the wrong axis", 10, "W_O_is_sliced_by_input_columns", ("matmla",), "self.W_O.weight[:, : m * self.d_h]", "self.W_O.weight.T.reshape(self.W_O.weight.shape)[:, : m * self.d_h]"),
+    ("W_O is sliced from its end", 10, "budget_m_is_a_separate_model_of_the_first_m_heads", ("matmla",), "self.W_O.weight[:, : m * self.d_h]", "self.W_O.weight[:, -m * self.d_h :]"),
+    ("the mask drops one head too few", 11, "gradients_of_sliced_masked_and_divided_batches_agree", ("matmla",), "device=o.device) < heads[:, None])", "device=o.device) <= heads[:, None])"),
+    ("the latent is counted without k_R", 12, "cache_bytes_are_numbers_per_token_times_everything", ("mla",), "return self.d_c + self.d_R", "return self.d_c"),
+    ("absorption is thought to pay up to d_h", 13, None, (), "return d_c * d_h / (d_c - d_h)", "return d_h"),
+    ("a slot that is not used yet is read", None, "decoding_by_slots_equals_decoding_by_cache", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
+    ("a batch divided by budgets comes back in another order", None, "gradients_of_sliced_masked_and_divided_batches_agree", ("nested_mha",), "zip(x.split(len(x) // len(heads)), heads)]", "zip(x.split(len(x) // len(heads)), heads)][::-1]"),
+    ("top-p cuts one token too many", None, "sampling_follows_the_distribution_that_top_k_and_top_p_leave", (), "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
+]
+
+
+@pytest.mark.parametrize("what, number, test, arguments, old, new", MUTANTS, ids=[mutant[0].replace(" ", "-") for mutant in MUTANTS])
+def test_mutant_is_caught(what, number, test, arguments, old, new, monkeypatch):
+    assert old in REFERENCE, f"matmla.py no longer says: {old}"
+    mutated = REFERENCE.replace(old, new)
+    if number:                                                                                     # a plausible wrong answer
+        with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
+            grade(number, mutated)
+    if test:
+        lab = load_text(mutated)
+        monkeypatch.setitem(globals(), "matmla", lab)
+        for name in ("ATTENTION", "GPT", "Config", "Slots", "attend", "rope", "sample"):
+            monkeypatch.setitem(globals(), name, getattr(lab, name))
+        with pytest.raises((AssertionError, RuntimeError)):
+            globals()["test_" + test](*arguments)
+
+
 # ---------------------------------------------------------------- the scripts
 
 
@@ -854,3 +1149,20 @@ def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monk
         logits = model(x[None, :-1], heads=8)[0][0]
         losses.append(nn.functional.cross_entropy(logits[16:], x[17:]).item())
     assert table[8][8] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def main():
+    """Write the exercises: a copy of matmla.py, without the bodies of the functions to write."""
+    parser = __import__("train").Parser(__doc__)
+    parser.add_argument("--blank", required=True, type=Path, metavar="FILE", help="write a copy of matmla.py with the exercises blank")
+    path = parser.parse_args().blank
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(blank(REFERENCE, EXERCISES))
+    except OSError as problem:
+        parser.error(f"nothing was written: {problem}")
+    print(f"{len(EXERCISES)} exercises in {path}. Grade them with: MATMLA={path.stem} python -m pytest test_matmla.py -k exercise -rs")
+
+
+if __name__ == "__main__":
+    main()
