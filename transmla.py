@@ -94,10 +94,12 @@ def read_pretrained(name):
         return model.eval(), {"json": from_pieces(path / "pieces.json", c.bos_token_id), "eot_token": eos}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        eos = next((token for token in (tokenizer.eos_token_id, eos) if token is not None), 0)
-        return model.eval(), {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
     except Exception:                                                           # a model without a tokenizer is one, too
         return model.eval(), None
+    if not tokenizer.encode("a", add_special_tokens=False):                     # made up from nothing
+        return model.eval(), None
+    eos = next((token for token in (tokenizer.eos_token_id, eos) if token is not None), 0)
+    return model.eval(), {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
 
 
 def from_pieces(path, bos):
@@ -180,7 +182,7 @@ def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
     P = torch.eye(len(rest) + len(V)).double()
     if moment is not None:
         in_keys, in_values = (torch.einsum("ri,ij,rj->", W, moment, W).item() for W in (rest, V))
-        balance = (in_keys / in_values) ** 0.5 or 1.0
+        balance = max(in_keys / in_values, 1e-12) ** 0.5                          # rounding is no energy
         both = torch.cat((rest / balance, V))
         P = torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)
     P = P[:, : c.d_c]
@@ -325,7 +327,7 @@ def transmla(args):
         moments = second_moments(original, calibration)
     mla = replace(gqa, attention="matmla" if args.budgets else "mla", budgets=budgets)
     new = to_mla(old, gqa, mla, order)
-    check(theirs, gqa, old, mla, new, text[:1, :256])
+    check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)])
 
     def rows(c, weights, sizes):
         model = build(c, weights, device=device)
