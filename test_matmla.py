@@ -770,6 +770,7 @@ def main_of(script, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transmla_is_the_pretrained_model(name):
+    transmla = pytest.importorskip("transmla")
     family, sizes = FAMILIES[name]
     theirs, tokens = hf_model(family, **sizes), hf_tokens()
     expected = theirs(tokens).logits
@@ -784,8 +785,11 @@ def test_transmla_is_the_pretrained_model(name):
         logits, _ = chunked(mla, tokens, [17, 1, 22], [6] * 3)
         assert error(logits, gqa(tokens)[0]) < TIGHT
         assert torch.equal(mla.generate(tokens, 20, temperature=0), greedy)
-    for model in (gqa, mla):
-        assert error(model.float()(tokens)[0], expected) < LOOSE
+    for block in mla.blocks:
+        block.attention.read, block.attention.short = None, 0                                      # absorbed needs neither
+    assert error(transmla.absorbed(mla, tokens), gqa(tokens)[0]) < TIGHT
+    for run in (lambda: gqa.float()(tokens)[0], lambda: transmla.absorbed(mla.float(), tokens)):
+        assert error(run(), expected) < LOOSE
 
 
 def test_transmla_keeps_the_softmax_scale():
@@ -878,6 +882,7 @@ def test_transmla_converts_without_a_tokenizer(tmp_path, monkeypatch, capsys):
 def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, capsys):
     """It starts at the loss of the original, falls at every budget, and the cache does not grow."""
     import train
+    import transmla
 
     folder, prompt = pretrained, "the é"
     main_of("transmla.py", monkeypatch, folder, "--out", folder / "matmla", "--text", folder / "text.txt", "--budgets", "6,4,2", "--device", "cpu")
@@ -889,11 +894,18 @@ def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, caps
     greedy = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert capsys.readouterr().out == b"".join(train.token_bytes(encoding, t) for t in greedy[0].tolist()).decode(errors="replace") + "\n"
 
+    _, calibration = transmla.read_text(folder / "text.txt", 8192, encoding, 64)
+    gqa = converted(theirs)[0].float()
+    for old, new, score in zip(gqa.blocks, model.blocks, transmla.importance(gqa, calibration)):
+        head = old.attention.W_O.weight.unflatten(1, (6, 4))[:, score.argmax()]
+        assert torch.equal(new.attention.W_O.weight[:, :4], head)                                  # the most important is first
+
     printed = run(folder, "train.py", "--init", start, "--out", "on", "--data", "text.txt", "--context", "32", "--steps", "25", "--batch", "6",
                   "--eval-windows", "24", "--device", "cpu", "--lr", "0.02", "--lr-adamw", "0.01")
     assert "a sample at 2 heads" in printed
     looks = [x["val_loss"] for x in map(json.loads, (folder / "on/metrics.jsonl").read_text().splitlines()) if "val_loss" in x]
     val = np.fromfile(next((folder / "data").glob("text-*/val.bin")), np.uint16)
+    assert b"".join(map(encoding.decode_single_token_bytes, val.tolist())).decode() in (folder / "text.txt").read_text() + "<end>"
     x, y = train.windows(val, np.linspace(0, len(val) - 33, 3).astype(int), 32, torch.device("cpu"))
     assert looks[0]["6"] == pytest.approx(nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item(), abs=1e-4)
     assert all(looks[-1][m] < looks[0][m] - 0.5 for m in ("6", "4", "2"))
@@ -913,8 +925,7 @@ def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_p
     _, args, config = train.settings(["--init", str(tmp_path / "checkpoint.pt"), "--context", "16", "--budgets", "9,2", "--data", "elsewhere"])
     assert (config.d, config.context, config.budgets, config.norm_eps) == (24, 16, (9, 2), 1e-6)
     assert args.encoding == "bytes" and args.steps == 500 and args.resume is None
-    _, _, config = train.settings(["--resume", "--out", str(tmp_path)])
-    assert config == train.load(trained[0] / "out/checkpoint.pt", "cpu")[0].config == train.make_config(old["config"])
+    assert "wrote checkpoint.pt" in run(trained[0], "train.py", "--resume", "--out", tmp_path)
     for flags, words in ((["--d", "48"], "another shape"), (["--init", str(tmp_path / "no.pt")], "no.pt")):
         with pytest.raises(SystemExit) as stop:
             main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path / "out", "--device", "cpu")
@@ -941,7 +952,8 @@ def test_transmla_tokenizers_keep_every_byte(pretrained, tmp_path):
         for one, before in ((encoding, ""), (listed, "\n<s>\n ")):
             tokens = one.encode_ordinary(text)
             assert b"".join(map(one.decode_single_token_bytes, tokens)).decode() == before + text
-            assert one.encode_ordinary_batch([text, ""], num_threads=2)[0] == tokens and 256 not in tokens[:1]
+            assert one.encode_ordinary_batch([text, ""], num_threads=2)[0] == tokens
+    assert encoding.eot_token not in encoding.encode_ordinary("a <end> b")
 
 
 @pytest.mark.parametrize("attention", ["mha", "nested_mha"])
