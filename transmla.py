@@ -73,7 +73,7 @@ def obstacles(c):
 
 def read_pretrained(name):
     """(transformers' model in float32, its tokenizer as `encoding` of a checkpoint). ValueError if it cannot be ours."""
-    path, auto = Path(name), transformers.AutoModelForCausalLM
+    path, AutoModel = Path(name), transformers.AutoModelForCausalLM
     where = {"pretrained_model_name_or_path": name}
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
@@ -83,23 +83,27 @@ def read_pretrained(name):
         c = transformers.AutoConfig.from_pretrained(**where)
         model, found = None, obstacles(c)
         if not found:
-            model, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
             found = [f"a model without {missing}" for missing in sorted(info["missing_keys"])[:1]]
     except Exception as error:                                                  # whatever is wrong with the files of others
         raise ValueError(f"cannot read {name} ({type(error).__name__}: {str(error).strip()[:300]})") from None
     if found:
         raise ValueError(f"cannot convert {name}, not supported: {', '.join(found)}")
+    return model.eval(), read_tokenizer(path, where, c)
+
+
+def read_tokenizer(path, where, c):
+    """What get_encoding takes for the model's own tokenizer; None if it came without one."""
     eos = c.eos_token_id[0] if isinstance(c.eos_token_id, list) else c.eos_token_id
     if (path / "pieces.json").exists():
-        return model.eval(), {"json": from_pieces(path / "pieces.json", c.bos_token_id), "eot_token": eos}
+        return {"json": from_pieces(path / "pieces.json", c.bos_token_id), "eot_token": eos}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except Exception:                                                           # a model without a tokenizer is one, too
-        return model.eval(), None
-    if not tokenizer.encode("a", add_special_tokens=False):                     # made up from nothing
-        return model.eval(), None
+        assert tokenizer.encode("a", add_special_tokens=False)                  # some are made up from nothing
+    except Exception:
+        return None
     eos = next((token for token in (tokenizer.eos_token_id, eos) if token is not None), 0)
-    return model.eval(), {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
+    return {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
 
 
 def from_pieces(path, bos):
@@ -260,15 +264,15 @@ def second_moments(model, windows):
 
 
 def importance(model, windows):
-    """[n_layer, n_h]: what the loss would change by without a head, to first order. arXiv:1905.10650.
+    """[n_layer, n_h]: about how much the loss would rise without a head, up to one factor. As in arXiv:2204.09656.
 
-    That is |∂loss/∂gate| for a gate, at 1, on what the head has read: the sum of o · ∂loss/∂o. Mean over windows.
+    It is the Fisher information of a gate, at 1, on what the head has read: the sum of (o · ∂loss/∂o)² over all tokens.
     """
     score = torch.zeros(len(model.blocks), model.config.n_h)
     for w in windows:
         seen, (_, loss) = inputs([block.attention.W_O for block in model.blocks], lambda: model(w[None, :-1], w[None, 1:]))
         for i, (o, grad) in enumerate(zip(seen, torch.autograd.grad(loss, seen))):    # [1, T, n_h·d_h]
-            score[i] += (o * grad).unflatten(-1, (model.config.n_h, -1)).sum((0, 1, 3)).abs().cpu() / len(windows)
+            score[i] += (o * grad).detach().unflatten(-1, (model.config.n_h, -1)).sum(-1).square().sum((0, 1)).cpu()
     return score
 
 
