@@ -99,8 +99,9 @@ def read_tokenizer(path, where, c):
         return {"json": from_pieces(path / "pieces.json", c.bos_token_id), "eot_token": eos}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        assert tokenizer.encode("a", add_special_tokens=False)                  # some are made up from nothing
-    except Exception:
+    except Exception:                                                           # it depends on the family what is raised,
+        return None
+    if not tokenizer.encode("a", add_special_tokens=False):                     # if it is not made up from nothing
         return None
     eos = next((token for token in (tokenizer.eos_token_id, eos) if token is not None), 0)
     return {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
@@ -167,7 +168,6 @@ def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
     group = heads // (n_h // n_kv)
     Q = W_Q.unflatten(0, (n_h, -1, 2))[heads]                                   # [h,f,p,i]
     K = W_K.unflatten(0, (n_kv, -1, 2))                                         # [g,f,p,i]
-    V = W_V
 
     # RoRoPE. q·k is a sum over frequencies, and at one frequency RoPE turns the pairs of all keys by the same angle. An
     # orthogonal U_f across the kv heads, one for both numbers of a pair, commutes with that. PCA puts most into slot 0.
@@ -183,14 +183,13 @@ def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
 
     # The other slots live on without RoPE, in one latent with the values, at equal norm, so that PCA is fair to both.
     rest, balance = K[kept:].flatten(0, 2), 1.0
-    P = torch.eye(len(rest) + len(V)).double()
     if moment is not None:
-        in_keys, in_values = (torch.einsum("ri,ij,rj->", W, moment, W).item() for W in (rest, V))
-        balance = max(in_keys / in_values, 1e-12) ** 0.5                          # rounding is no energy
-        both = torch.cat((rest / balance, V))
-        P = torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)
-    P = P[:, : c.d_c]
-    W_DKV = P.T @ torch.cat((rest / balance, V))                                # c_KV; the two are about P c_KV
+        in_keys, in_values = (torch.einsum("ri,ij,rj->", W, moment, W).item() for W in (rest, W_V))
+        balance = max(in_keys / in_values, 1e-12) ** 0.5                        # mere rounding must not grow to a norm
+    both = torch.cat((rest / balance, W_V))
+    P = torch.eye(len(both)).double() if moment is None else torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)
+    P = P[:, : c.d_c]                                                           # both ≈ P Pᵀ both
+    W_DKV = P.T @ both
     back = torch.einsum("hsf,fe,pq->hfpseq", U[:, kept:], torch.eye(d_h // 2).double(), torch.eye(2).double())
     W_UK = back.reshape(n_h * d_h, -1) @ P[: len(rest)] * balance               # zero if no slot is left for it
     W_UV = P[len(rest) :].unflatten(0, (n_kv, d_h))[group].flatten(0, 1)
