@@ -723,15 +723,19 @@ def test_bench_measures_what_the_formula_says(tmp_path):
 FAMILIES = {    # what transformers' own random models look like; d = 24, n_h = 6 unless said otherwise
     "llama": ("Llama", dict(num_key_value_heads=3)),
     "llama, untied, wide heads, another base": ("Llama", dict(
-        num_key_value_heads=2, tie_word_embeddings=False, head_dim=10, rms_norm_eps=1e-2, rope_parameters=dict(rope_theta=500.0, rope_type="default"))),
+        num_key_value_heads=2, tie_word_embeddings=False, head_dim=10, rms_norm_eps=1e-2,
+        rope_parameters=dict(rope_theta=500.0, rope_type="default"))),
     "llama, a key for every head": ("Llama", dict(num_key_value_heads=6, head_dim=4)),
     "mistral, one key for all": ("Mistral", dict(num_key_value_heads=1, head_dim=8, sliding_window=None)),
     "mistral, a window as long as the context": ("Mistral", dict(num_key_value_heads=2, head_dim=8, sliding_window=64)),
     "qwen2, biases": ("Qwen2", dict(num_key_value_heads=2)),
-    "qwen2, untied": ("Qwen2", dict(num_key_value_heads=3, tie_word_embeddings=False, rope_parameters=dict(rope_theta=1e6, rope_type="default"))),
+    "qwen2, untied": ("Qwen2", dict(
+        num_key_value_heads=3, tie_word_embeddings=False, rope_parameters=dict(rope_theta=1e6, rope_type="default"))),
 }
-HF_SIZES = dict(vocab_size=257, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=64,
-                tie_word_embeddings=True, bos_token_id=None, eos_token_id=256, head_dim=4)
+HF_SIZES = dict(
+    vocab_size=257, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6, head_dim=4,
+    max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=256,
+)
 
 
 def hf_config(family, **sizes):
@@ -754,13 +758,20 @@ def hf_tokens(length=40):
     return torch.randint(257, (B, length), generator=torch.Generator().manual_seed(1))
 
 
+def greedy(model, tokens, n):
+    """transformers' own greedy continuation."""
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False,
+                          eos_token_id=None, pad_token_id=0)
+
+
 def converted(model, order=None, moments=None, **changes):
     """(GQA, MLA) in float64 for a model of transformers."""
     import transmla
 
     gqa, old = transmla.to_gqa(model)
     mla = dataclasses.replace(gqa, **{"attention": "mla"} | changes)
-    return transmla.build(gqa, old, torch.float64), transmla.build(mla, transmla.to_mla(old, gqa, mla, order, moments), torch.float64)
+    new = transmla.to_mla(old, gqa, mla, order, moments)
+    return transmla.build(gqa, old, torch.float64), transmla.build(mla, new, torch.float64)
 
 
 def main_of(script, monkeypatch, *arguments):
@@ -778,13 +789,13 @@ def test_transmla_is_the_pretrained_model(name):
     assert gqa.config.qkv_bias == (family == "Qwen2") and gqa.config.tie == theirs.config.tie_word_embeddings
     assert error(mla(tokens)[0], gqa(tokens)[0]) < TIGHT
     assert mla.new_cache(3, 17).nbytes == gqa.new_cache(3, 17).nbytes
-    greedy = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    continued = greedy(theirs, tokens, 20)
     for short in (0, math.inf):                                                                    # naive, absorbed
         for block in mla.blocks:
             block.attention.short = short
         logits, _ = chunked(mla, tokens, [17, 1, 22], [6] * 3)
         assert error(logits, gqa(tokens)[0]) < TIGHT
-        assert torch.equal(mla.generate(tokens, 20, temperature=0), greedy)
+        assert torch.equal(mla.generate(tokens, 20, temperature=0), continued)
     for block in mla.blocks:
         block.attention.read, block.attention.short = None, 0                                      # absorbed needs neither
     assert error(transmla.absorbed(mla, tokens), gqa(tokens)[0]) < TIGHT
@@ -885,51 +896,57 @@ def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, caps
     import transmla
 
     folder, prompt = pretrained, "the é"
-    main_of("transmla.py", monkeypatch, folder, "--out", folder / "matmla", "--text", folder / "text.txt", "--budgets", "6,4,2", "--device", "cpu")
+    main_of("transmla.py", monkeypatch, folder, "--out", folder / "matmla", "--text", folder / "text.txt",
+            "--budgets", "6,4,2", "--device", "cpu")
     assert "| our matmla, d_c 12, d_R 12 | 2 | 96 |" in capsys.readouterr().out
     start = folder / "matmla/checkpoint.pt"
-    main_of("sample.py", monkeypatch, "--checkpoint", start, "--prompt", prompt, "--tokens", 9, "--temperature", 0, "--device", "cpu")
+    main_of("sample.py", monkeypatch, "--checkpoint", start, "--prompt", prompt, "--tokens", 9, "--temperature", 0,
+            "--device", "cpu")
     theirs, (model, encoding) = hf_model("Llama", num_key_value_heads=3), train.load(start, "cpu")
-    tokens = torch.tensor([encoding.encode(prompt)])
-    greedy = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert capsys.readouterr().out == b"".join(train.token_bytes(encoding, t) for t in greedy[0].tolist()).decode(errors="replace") + "\n"
+    continued = greedy(theirs, torch.tensor([encoding.encode(prompt)]), 9)[0].tolist()
+    text = b"".join(train.token_bytes(encoding, token) for token in continued).decode(errors="replace")
+    assert capsys.readouterr().out == text + "\n"
 
     _, calibration = transmla.read_text(folder / "text.txt", 8192, encoding, 64)
     gqa = converted(theirs)[0].float()
     for old, new, score in zip(gqa.blocks, model.blocks, transmla.importance(gqa, calibration)):
         head = old.attention.W_O.weight.unflatten(1, (6, 4))[:, score.argmax()]
-        assert torch.equal(new.attention.W_O.weight[:, :4], head)                                  # the most important is first
+        assert torch.equal(new.attention.W_O.weight[:, :4], head), "the most important head is not the first"
 
-    printed = run(folder, "train.py", "--init", start, "--out", "on", "--data", "text.txt", "--context", "32", "--steps", "25", "--batch", "6",
-                  "--eval-windows", "24", "--device", "cpu", "--lr", "0.02", "--lr-adamw", "0.01")
+    flags = "--out on --data text.txt --context 32 --steps 25 --batch 6 --eval-windows 24 --lr 0.02 --lr-adamw 0.01"
+    printed = run(folder, "train.py", "--init", start, *flags.split(), "--device", "cpu")
     assert "a sample at 2 heads" in printed
-    looks = [x["val_loss"] for x in map(json.loads, (folder / "on/metrics.jsonl").read_text().splitlines()) if "val_loss" in x]
+    looks = [x["val_loss"] for x in train.read_log(folder / "on/metrics.jsonl") if "val_loss" in x]
     val = np.fromfile(next((folder / "data").glob("text-*/val.bin")), np.uint16)
-    assert b"".join(map(encoding.decode_single_token_bytes, val.tolist())).decode() in (folder / "text.txt").read_text() + "<end>"
+    text = b"".join(map(encoding.decode_single_token_bytes, val.tolist())).decode()
+    assert text in (folder / "text.txt").read_text() + "<end>"
     x, y = train.windows(val, np.linspace(0, len(val) - 33, 3).astype(int), 32, torch.device("cpu"))
-    assert looks[0]["6"] == pytest.approx(nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item(), abs=1e-4)
+    loss = nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert looks[0]["6"] == pytest.approx(loss, abs=1e-4)
     assert all(looks[-1][m] < looks[0][m] - 0.5 for m in ("6", "4", "2"))
     healed, _ = train.load(folder / "on/checkpoint.pt", "cpu")
     assert healed.new_cache(1, 1).nbytes == converted(theirs)[0].float().new_cache(1, 1).nbytes
     assert all(block.attention.W_UK.weight.abs().min() > 0 for block in healed.blocks)             # they were all zero
 
 
-def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_path, monkeypatch):
-    """Of any checkpoint; flags beat its sizes where weights allow it. A checkpoint from before a field existed still loads."""
+def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_path, monkeypatch, capsys):
+    """Of any checkpoint; flags beat its sizes where weights allow it. One from before a field existed still resumes."""
     import train
 
     old = torch.load(trained[0] / "out/checkpoint.pt", weights_only=True)
     for field in ("qkv_bias", "norm_latents", "norm_eps", "rope_width"):
         del old["config"][field], old["settings"][field]
     torch.save(old, tmp_path / "checkpoint.pt")
-    _, args, config = train.settings(["--init", str(tmp_path / "checkpoint.pt"), "--context", "16", "--budgets", "9,2", "--data", "elsewhere"])
+    flags = "--context 16 --budgets 9,2 --data elsewhere --init"
+    _, args, config = train.settings([*flags.split(), str(tmp_path / "checkpoint.pt")])
     assert (config.d, config.context, config.budgets, config.norm_eps) == (24, 16, (9, 2), 1e-6)
     assert args.encoding == "bytes" and args.steps == 500 and args.resume is None
     assert "wrote checkpoint.pt" in run(trained[0], "train.py", "--resume", "--out", tmp_path)
     for flags, words in ((["--d", "48"], "another shape"), (["--init", str(tmp_path / "no.pt")], "no.pt")):
         with pytest.raises(SystemExit) as stop:
-            main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path / "out", "--device", "cpu")
-        assert stop.value.code == 2
+            main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
     monkeypatch.setattr(train, "get_encoding", lambda name: type("Large", (), {"n_vocab": 151936}))
     (tmp_path / "text.txt").write_text("a text")
     _, args, _ = train.settings(["--data", str(tmp_path / "text.txt")])
@@ -938,14 +955,14 @@ def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_p
 
 
 def test_transmla_tokenizers_keep_every_byte(pretrained, tmp_path):
-    """Byte-level pieces as of GPT-2, and pieces with <0x0A> for single bytes as of SentencePiece. Special tokens in a text are text."""
+    """Byte-level pieces as of GPT-2, and <0x0A> for a single byte as of SentencePiece. Special tokens in a text are text."""
     import train
     import transmla
 
     pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256)), " a", "ab", " ", "a", "b", "▁"]
     (tmp_path / "pieces.json").write_text(json.dumps(pieces), "utf-8")
     listed = train.get_encoding({"json": transmla.from_pieces(tmp_path / "pieces.json", 1), "eot_token": 1})
-    assert listed.encode_ordinary("abab") == [1, pieces.index(" a"), pieces.index("b"), pieces.index("ab")]    # earlier merges first
+    assert listed.encode_ordinary("abab") == [1, *map(pieces.index, (" a", "b", "ab"))]            # earlier merges first
     encoding = train.get_encoding(transmla.read_pretrained(pretrained)[1])
     assert encoding.eot_token == 256 and encoding.n_vocab == 257
     for text in ("def f():\r\n\n\treturn 'é日本'  \n\n", "a <end> b"):
@@ -1005,7 +1022,7 @@ def test_transmla_cuts_nothing_from_keys_that_are_copies_and_values_of_low_rank(
             basis = torch.randn(24, 5)
             a.v_proj.weight.copy_(basis @ torch.randn(5, 24)), a.v_proj.bias.copy_(basis @ torch.randn(5))
     gqa, mla = calibrated(theirs, d_R=8, d_c=5)
-    assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) < 1e-6                                  # they are copies in float32
+    assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) < 1e-6                                  # of float32 weights
     assert mla.new_cache(1, 1).nbytes * 48 == gqa.new_cache(1, 1).nbytes * 13
     gqa, mla = calibrated(theirs, d_R=8, d_c=4)
     assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) > 1e-3
@@ -1018,7 +1035,7 @@ def test_transmla_keys_beyond_k_R_go_through_the_latent(family):
     with torch.no_grad():
         for layer in theirs.model.layers:
             for name, p in layer.self_attn.k_proj.named_parameters():
-                p.unflatten(0, (3, 2, 4))[:, :, 0] = 0                                             # the frequency 1 turns at any base
+                p.unflatten(0, (3, 2, 4))[:, :, 0] = 0                                             # frequency 1, at any base
     for d_R in (16, 8):
         gqa, mla = calibrated(theirs, d_R=d_R, d_c=48 - d_R)
         assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) < 1e-8
@@ -1054,8 +1071,10 @@ def test_transmla_importance_is_the_fisher_information_of_a_gate_per_head():
     score, expected = transmla.importance(gqa, hf_tokens()), torch.zeros(2, 6)
     for w in hf_tokens():
         gates = torch.ones(2, 39, 6, 1, dtype=torch.float64, requires_grad=True)
-        hooks = [block.attention.W_O.register_forward_pre_hook(lambda _, o, gate=gate: (o[0].unflatten(-1, (6, 4)) * gate).flatten(-2))
-                 for block, gate in zip(gqa.blocks, gates)]
+        hooks = [
+            block.attention.W_O.register_forward_pre_hook(lambda _, o, g=g: (o[0].unflatten(-1, (6, 4)) * g).flatten(-2))
+            for block, g in zip(gqa.blocks, gates)
+        ]
         gqa(w[None, :-1], w[None, 1:])[1].backward()
         expected += gates.grad.square().sum((1, 3))
         for hook in hooks:
@@ -1077,12 +1096,12 @@ def test_transmla_leaves_training_a_way_into_the_part_without_rope():
 def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
     """The converse of TransMLA is false, twice.
 
-    Values. What a single token leaves the layer as is a linear map of x: Σ_h W_O,h W_V,g(h) x. GQA caches as many numbers of
-    values as of keys, so this map goes through half of the cache: its rank is at most n_kv·d_h. MLA may give nearly all of
-    its row to c_KV: rank d_c.
-    Scores. Head h of token t scores token s by q̃_t,h · k̃_s, where k̃_s are the rotated keys of all n_kv heads, side by side.
-    So all scores of all heads, [n_h·T, S], are a product through n_kv·d_h numbers, and up to a constant per row they are what
-    softmax lets one see, log p: another 1 at most. In MLA they go through the whole row, d_c + d_R = 2·n_kv·d_h numbers.
+    Values. A token that is alone sees itself, so the layer is a linear map of x, Σ_h W_O,h W_V,g(h) x. GQA caches as many
+    numbers of values as of keys, so this map goes through half a row: its rank is at most n_kv·d_h. MLA may give nearly all
+    of a row to c_KV: rank d_c.
+    Scores. Head h of token t scores token s by q̃_t,h · k̃_s, k̃_s being the rotated keys of all n_kv heads side by side. So
+    the scores of all heads, [n_h·T, S], are a product through n_kv·d_h numbers. What softmax shows of them, log p, differs
+    by a constant in every row: 1 more at most. In MLA they go through a whole row, d_c + d_R = 2·n_kv·d_h numbers.
     """
     sizes = dict(n_layer=1, d=40, n_h=6, d_h=8, n_kv=2, qkv_bias=False, d_cq=0, norm_latents=False, rope_width=8)
     gqa = make("gqa", **sizes).blocks[0].attention
@@ -1100,7 +1119,7 @@ def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
 
         def watch(q, k, v, positions, scale):
             keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-            scores = torch.einsum("bthd,bshd->bhts", q, keys)[0, :, 60:, :60] * scale              # late tokens see all of these
+            scores = torch.einsum("bthd,bshd->bhts", q, keys)[0, :, 60:, :60] * scale              # late tokens see them all
             log_p.append(scores.log_softmax(-1))
             return attend(q, k, v, positions, scale)
 

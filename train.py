@@ -115,8 +115,8 @@ def settings(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
     add("--out", default=Path("out"), type=Path, help="folder of the run")
     add("--resume", action="store_true", help="continue the run in --out, with its own settings")
-    add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, sizes and tokenizer, with fresh optimizers; "
-        "take much lower learning rates")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, sizes and tokenizer, but at step 0, "
+        "with fresh optimizers; take much lower learning rates")
     add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; the figure goes to --out")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
@@ -151,7 +151,7 @@ END = "<|endoftext|>"    # between documents
 
 
 class Tokenizer:
-    """A tokenizer.json, which pretrained models bring along, with those methods of a tiktoken.Encoding that are used here."""
+    """A tokenizer.json, as pretrained models bring along, with those methods of a tiktoken.Encoding that are used here."""
 
     def __init__(self, json, eot_token):
         import tokenizers                                                       # needed only here
@@ -183,7 +183,7 @@ class Tokenizer:
 
 
 def get_encoding(name):
-    """`bytes`: 256 tokens that never merge; `gpt2`: the GPT-2 vocabulary, which tiktoken downloads once; or a Tokenizer's dict."""
+    """`bytes`: 256 tokens that never merge; `gpt2`: GPT-2's vocabulary, which tiktoken downloads once; a dict: a Tokenizer."""
     if isinstance(name, dict):
         return Tokenizer(**name)
     if name is None:
@@ -265,7 +265,7 @@ def prepare(args):
         return folder
     encoding = get_encoding(args.encoding)
     if encoding.n_vocab > 2**16:
-        raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit the uint16 tokens of train.bin, at most {2**16} do")
+        raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit the uint16 of train.bin, at most {2**16} does")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -534,7 +534,8 @@ def train(args, config):
     if world > 1:
         dist.barrier()                                                          # the others find it prepared
     if args.encoding in ("bytes", "gpt2"):
-        config.vocab_size = args.vocab_size = max(config.vocab_size, 257 if args.encoding == "bytes" else 50304)    # 128·393: fast
+        least = 257 if args.encoding == "bytes" else 50304                      # a multiple of 128 is fast
+        config.vocab_size = args.vocab_size = max(config.vocab_size, least)
     train_tokens, val_tokens = read_tokens(prepare(args), args, config)
 
     torch.manual_seed(args.seed)

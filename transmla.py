@@ -7,9 +7,9 @@ TransMLA (arXiv:2502.07864): a pretrained GQA model becomes an MLA model with th
     python sample.py --checkpoint out/transmla/checkpoint.pt
     python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE --context 512 --lr 3e-4 --lr-adamw 3e-5
 
-Why RoPE is no obstacle: nothing has to move through it. A GQA layer caches n_kv rotated keys and n_kv values. The keys side
-by side are one k_R of width n_kv·d_h, whose frequencies start anew after every d_h numbers; the values side by side are c_KV.
-A query is zero outside the slot of its own key, and W_UV picks the value. For head h of group g = h // (n_h / n_kv):
+Why RoPE is no obstacle: nothing has to move through it. A GQA layer caches n_kv rotated keys and n_kv values. Its keys, side
+by side, are one k_R of width n_kv·d_h, whose frequencies start anew after every d_h numbers; its values are c_KV. A query is
+zero outside the slot of its own key, and W_UV picks the value. For head h of group g = h // (n_h / n_kv):
 
     q_R = (0, ..., q_h, ..., 0)        q_R · k_R = q_h · k_g
     W_UV = (0, ..., 1, ..., 0)         W_UV c_KV = v_g
@@ -126,13 +126,14 @@ def to_gqa(model):
     config = Config(
         attention="gqa", vocab_size=c.vocab_size, context=c.max_position_embeddings, n_layer=c.num_hidden_layers,
         d=c.hidden_size, n_h=n_h, n_kv=n_kv, d_h=d_h, d_c=n_kv * d_h, d_cq=0, d_R=n_kv * d_h, d_ff=c.intermediate_size,
-        budgets=(n_h,), rope_base=c.rope_parameters["rope_theta"], rope_width=d_h, norm_latents=False, norm_eps=c.rms_norm_eps,
+        budgets=(n_h,), rope_base=c.rope_parameters["rope_theta"], rope_width=d_h,
+        norm_eps=c.rms_norm_eps, norm_latents=False,
         qkv_bias=any(name.endswith("bias") for name in given),
         tie=torch.equal(given["model.embed_tokens.weight"], given["lm_head.weight"]),
     )
     weights = {rename(name): w for name, w in given.items()}
     for name in weights:
-        if re.search("W_[QK]", name):                                           # RoPE turns x_i with x_(i+d_h/2), ours neighbours
+        if re.search("W_[QK]", name):                                           # pairs x_i, x_(i+d_h/2) become neighbours
             weights[name] = weights[name].unflatten(0, (-1, 2, d_h // 2)).transpose(1, 2).flatten(0, 2)
     return config, weights
 
