@@ -259,7 +259,7 @@ def switching(run, device, count=128):
     """Perplexity of held-out text read at budget b after a prefix, half a context long, written at budget a: {a: {b: ...}}."""
     saved = load_checkpoint(run / "checkpoint.pt")
     model, _ = load(run / "checkpoint.pt", device)
-    c, args = model.config, argparse.Namespace(**saved["settings"])
+    c, args = model.config, argparse.Namespace(**saved["settings"], encoding=saved["encoding"])
     if not ATTENTION[c.attention].nested:
         raise ValueError(f"{run} is {c.attention}, which has one budget only")
     _, tokens = read_tokens(prepare(args), args, c)

@@ -61,14 +61,19 @@ class Config:
     d_ff: int = 384                # width of the feed-forward layer
     budgets: tuple = (12, 8, 4)    # head budgets that are trained, largest first
     rope_base: float = 10000.0
+    rope_width: int = 0            # the frequencies of k_R start anew after this many numbers; 0: never
     tie: bool = True               # input and output embedding are one matrix
+    qkv_bias: bool = False         # a bias where x becomes queries, keys, values and latents
+    norm_latents: bool = True
+    norm_eps: float = 1e-6         # of every norm
 
     def __post_init__(self):
         if self.attention not in ATTENTION:
             raise ValueError(f"attention {self.attention!r} is none of {', '.join(ATTENTION)}")
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1 and name not in ("d_cq", "tie") or name == "d_cq" and value < 0:
-                raise ValueError(f"{name} is {value}, at least {int(name != 'd_cq')} is needed")
+            least = 0 if name in ("d_cq", "rope_width") else 1
+            if type(value) is int and value < least:                            # not bool, which is an int too
+                raise ValueError(f"{name} is {value}, at least {least} is needed")
 
 
 # ---------------------------------------------------------------- norm, position, softmax, budget, cache
@@ -81,14 +86,16 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope(x, positions, base):
+def rope(x, positions, base, width=0):
     """Rotary position embedding [4]: pair i of token t turns by the angle positions[t]·base^(-2i/width).
 
-    x [B, T, ..., width], width even; positions [T]. Pairs are interleaved, (x0,x1), (x2,x3), ..., as in [2] and [4].
+    x [B, T, ..., n], n even; positions [T]. Pairs are interleaved, (x0,x1), (x2,x3), ..., as in [2] and [4].
+    width: n by default; an even part of it makes the frequencies repeat, as for several keys side by side.
     """
+    width = width or x.shape[-1]
     x = x.transpose(1, -2)                                                      # tokens next to the pairs
     dtype = torch.promote_types(x.dtype, torch.float32)                         # bfloat16 cannot count past 256
-    exponent = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1]
+    exponent = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) % width / width
     angle = positions.to(dtype)[:, None] * base**-exponent                      # [T, width/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x0, x1 = x[..., 0::2], x[..., 1::2]
@@ -139,6 +146,11 @@ def attend_one(q, k, v, positions, scale):
 def slice_width(heads, n_h):
     """How many heads to compute: the budget, or all n_h if `heads` is a tensor of one budget per sequence."""
     return heads if isinstance(heads, int) else n_h
+
+
+def first_rows(W, n):
+    """Weight and bias, if it has one, of the first n rows of a Linear."""
+    return W.weight[:n], None if W.bias is None else W.bias[:n]
 
 
 def mask_heads(o, heads):
@@ -265,9 +277,9 @@ class MHA(Attention):
         super().__init__()
         self.n_h, self.d_h, self.rope_base = c.n_h, c.d_h, c.rope_base
         even("d_h", c.d_h)
-        self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
-        self.W_K = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
-        self.W_V = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
+        self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_K = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_V = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
         self.W_O = nn.Linear(c.n_h * c.d_h, c.d, bias=False)
 
     def numbers(self, heads):
@@ -301,9 +313,9 @@ class NestedMHA(Attention):
         super().__init__()
         self.n_h, self.d_h, self.rope_base = c.n_h, c.d_h, c.rope_base
         even("d_h", c.d_h)
-        self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
-        self.W_K = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
-        self.W_V = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
+        self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_K = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_V = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
         self.W_O = nn.Linear(c.n_h * c.d_h, c.d, bias=False)
 
     def numbers(self, heads):
@@ -311,8 +323,8 @@ class NestedMHA(Attention):
 
     def write(self, x, positions, heads):
         m = slice_width(heads, self.n_h)
-        k = F.linear(x, self.W_K.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (2) (5)
-        v = F.linear(x, self.W_V.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (3) (6)
+        k = F.linear(x, *first_rows(self.W_K, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (2) (5)
+        v = F.linear(x, *first_rows(self.W_V, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (3) (6)
         k = rope(k, positions, self.rope_base)
         return torch.cat((k, v), -1).flatten(2)                                 # [B,T,h·2·d_h]: head by head, k then v
 
@@ -321,7 +333,7 @@ class NestedMHA(Attention):
         k, v = memory.unflatten(-1, (-1, 2 * self.d_h))[:, :, :m].chunk(2, -1)  # [B,S,h,d_h] each
         if k.shape[2] < m:
             raise ValueError(f"{m} heads asked, but the tokens so far left keys and values for {k.shape[2]}")
-        q = F.linear(x, self.W_Q.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (1) (4)
+        q = F.linear(x, *first_rows(self.W_Q, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (1) (4)
         q = rope(q, positions, self.rope_base)
         o = mask_heads(attend(q, k, v, positions, self.d_h**-0.5), heads)       # (7)
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (8)
@@ -337,9 +349,9 @@ class GQA(Attention):
         if c.n_kv < 1 or c.n_h % c.n_kv:
             raise ValueError(f"{c.n_h} heads cannot share {c.n_kv} key/value heads evenly")
         self.n_kv = c.n_kv
-        self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=False)
-        self.W_K = nn.Linear(c.d, c.n_kv * c.d_h, bias=False)
-        self.W_V = nn.Linear(c.d, c.n_kv * c.d_h, bias=False)
+        self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_K = nn.Linear(c.d, c.n_kv * c.d_h, bias=c.qkv_bias)
+        self.W_V = nn.Linear(c.d, c.n_kv * c.d_h, bias=c.qkv_bias)
         self.W_O = nn.Linear(c.n_h * c.d_h, c.d, bias=False)
 
     def numbers(self, heads):
@@ -368,16 +380,18 @@ class MLA(Attention):
     def __init__(self, c):
         super().__init__()
         self.n_h, self.d_h, self.d_c, self.d_R, self.rope_base = c.n_h, c.d_h, c.d_c, c.d_R, c.rope_base
+        self.rope_width = c.rope_width or c.d_R
         even("d_R", c.d_R)
+        even("rope_width", self.rope_width)
         self.scale = (c.d_h + c.d_R) ** -0.5
         self.short = absorb_below(c.d_c, c.d_h)
         self.W_DQ = nn.Linear(c.d, c.d_cq, bias=False) if c.d_cq else nn.Identity()
-        self.norm_Q = RMSNorm(c.d_cq, eps=1e-6) if c.d_cq else nn.Identity()
-        self.W_UQ = nn.Linear(c.d_cq or c.d, c.n_h * c.d_h, bias=False)
-        self.W_QR = nn.Linear(c.d_cq or c.d, c.n_h * c.d_R, bias=False)
-        self.W_DKV = nn.Linear(c.d, c.d_c, bias=False)
-        self.norm_KV = RMSNorm(c.d_c, eps=1e-6)
-        self.W_KR = nn.Linear(c.d, c.d_R, bias=False)
+        self.norm_Q = RMSNorm(c.d_cq, eps=c.norm_eps) if c.d_cq and c.norm_latents else nn.Identity()
+        self.W_UQ = nn.Linear(c.d_cq or c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_QR = nn.Linear(c.d_cq or c.d, c.n_h * c.d_R, bias=c.qkv_bias)
+        self.W_DKV = nn.Linear(c.d, c.d_c, bias=c.qkv_bias)
+        self.norm_KV = RMSNorm(c.d_c, eps=c.norm_eps) if c.norm_latents else nn.Identity()
+        self.W_KR = nn.Linear(c.d, c.d_R, bias=c.qkv_bias)
         self.W_UK = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
         self.W_UV = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
         self.W_O = nn.Linear(c.n_h * c.d_h, c.d, bias=False)
@@ -387,14 +401,14 @@ class MLA(Attention):
 
     def write(self, x, positions, heads):
         c_KV = self.norm_KV(self.W_DKV(x))                                      # (41) [B,T,d_c]
-        k_R = rope(self.W_KR(x), positions, self.rope_base)                     # (43) [B,T,d_R]
+        k_R = rope(self.W_KR(x), positions, self.rope_base, self.rope_width)    # (43) [B,T,d_R]
         return torch.cat((c_KV, k_R), -1)                                       # [B,T,d_c+d_R]: the whole cache row
 
     def queries(self, x, positions, heads):
         c_Q = self.norm_Q(self.W_DQ(x))                                         # (37) [B,T,d_cq]
         q_C = self.W_UQ(c_Q).unflatten(-1, (-1, self.d_h))                      # (38) [B,T,h,d_h]
         q_R = self.W_QR(c_Q).unflatten(-1, (-1, self.d_R))                      # (39) [B,T,h,d_R]
-        return q_C, rope(q_R, positions, self.rope_base)
+        return q_C, rope(q_R, positions, self.rope_base, self.rope_width)
 
     def read(self, x, memory, positions, heads):
         c_KV, k_R = memory.split((self.d_c, self.d_R), -1)
@@ -429,16 +443,18 @@ class MatMLA(Attention):
     def __init__(self, c):
         super().__init__()
         self.n_h, self.d_h, self.d_c, self.d_R, self.rope_base = c.n_h, c.d_h, c.d_c, c.d_R, c.rope_base
+        self.rope_width = c.rope_width or c.d_R
         even("d_R", c.d_R)
+        even("rope_width", self.rope_width)
         self.scale = (c.d_h + c.d_R) ** -0.5
         self.short = absorb_below(c.d_c, c.d_h)
         self.W_DQ = nn.Linear(c.d, c.d_cq, bias=False) if c.d_cq else nn.Identity()
-        self.norm_Q = RMSNorm(c.d_cq, eps=1e-6) if c.d_cq else nn.Identity()
-        self.W_UQ = nn.Linear(c.d_cq or c.d, c.n_h * c.d_h, bias=False)
-        self.W_QR = nn.Linear(c.d_cq or c.d, c.n_h * c.d_R, bias=False)
-        self.W_DKV = nn.Linear(c.d, c.d_c, bias=False)
-        self.norm_KV = RMSNorm(c.d_c, eps=1e-6)
-        self.W_KR = nn.Linear(c.d, c.d_R, bias=False)
+        self.norm_Q = RMSNorm(c.d_cq, eps=c.norm_eps) if c.d_cq and c.norm_latents else nn.Identity()
+        self.W_UQ = nn.Linear(c.d_cq or c.d, c.n_h * c.d_h, bias=c.qkv_bias)
+        self.W_QR = nn.Linear(c.d_cq or c.d, c.n_h * c.d_R, bias=c.qkv_bias)
+        self.W_DKV = nn.Linear(c.d, c.d_c, bias=c.qkv_bias)
+        self.norm_KV = RMSNorm(c.d_c, eps=c.norm_eps) if c.norm_latents else nn.Identity()
+        self.W_KR = nn.Linear(c.d, c.d_R, bias=c.qkv_bias)
         self.W_UK = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
         self.W_UV = nn.Linear(c.d_c, c.n_h * c.d_h, bias=False)
         self.W_O = nn.Linear(c.n_h * c.d_h, c.d, bias=False)
@@ -448,15 +464,15 @@ class MatMLA(Attention):
 
     def write(self, x, positions, heads):
         c_KV = self.norm_KV(self.W_DKV(x))                                      # (41) [B,T,d_c]
-        k_R = rope(self.W_KR(x), positions, self.rope_base)                     # (43) [B,T,d_R]
+        k_R = rope(self.W_KR(x), positions, self.rope_base, self.rope_width)    # (43) [B,T,d_R]
         return torch.cat((c_KV, k_R), -1)                                       # [B,T,d_c+d_R]: the whole cache row
 
     def queries(self, x, positions, heads):
         m = slice_width(heads, self.n_h)
         c_Q = self.norm_Q(self.W_DQ(x))                                         # (37) [B,T,d_cq]
-        q_C = F.linear(c_Q, self.W_UQ.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (38)
-        q_R = F.linear(c_Q, self.W_QR.weight[: m * self.d_R]).unflatten(-1, (-1, self.d_R))  # (39)
-        return q_C, rope(q_R, positions, self.rope_base)
+        q_C = F.linear(c_Q, *first_rows(self.W_UQ, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (38)
+        q_R = F.linear(c_Q, *first_rows(self.W_QR, m * self.d_R)).unflatten(-1, (-1, self.d_R))  # (39)
+        return q_C, rope(q_R, positions, self.rope_base, self.rope_width)
 
     def read(self, x, memory, positions, heads):
         m = slice_width(heads, self.n_h)
@@ -518,9 +534,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm_attention = RMSNorm(c.d, eps=1e-6)
+        self.norm_attention = RMSNorm(c.d, eps=c.norm_eps)
         self.attention = ATTENTION[c.attention](c)
-        self.norm_feed_forward = RMSNorm(c.d, eps=1e-6)
+        self.norm_feed_forward = RMSNorm(c.d, eps=c.norm_eps)
         self.feed_forward = FeedForward(c)
 
     def forward(self, x, heads, cache):
@@ -536,7 +552,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.d, eps=1e-6)
+        self.norm = RMSNorm(config.d, eps=config.norm_eps)
         self.unembed = nn.Linear(config.d, config.vocab_size, bias=False)
         if config.tie:
             self.unembed.weight = self.embed.weight
@@ -544,6 +560,8 @@ class GPT(nn.Module):
             if p.dim() == 2:                                                    # smaller where a layer adds to the residual
                 into_residual = name.endswith(("W_O.weight", "W_down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, tokens, targets=None, heads=None, cache=None):
         """tokens [B, T] -> logits [B, T, vocab_size] and, if targets [B, T], the next tokens, are given, the mean loss in nats.

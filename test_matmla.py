@@ -832,7 +832,7 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("nested MHA reads the first head twice", 5, "budget_m_is_a_separate_model_of_the_first_m_heads", ("nested_mha",), "[:, :, :m].chunk(2, -1)", "[:, :, [*range(m - 1), 0]].chunk(2, -1)"),
     ("GQA's heads take keys in turn", 6, "logits_equal_oracle_at_every_budget", ("gqa", torch.float64, TIGHT), "o = attend(q, k, v, positions, self.d_h**-0.5)                          # head h", "o = attend(q.unflatten(2, (-1, self.n_kv)).transpose(2, 3).flatten(2, 3), k, v, positions, self.d_h**-0.5)  # head h"),
     ("the latent is cached before its norm", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("mla",), "c_KV = self.norm_KV(self.W_DKV(x)) ", "c_KV = self.W_DKV(x) "),
-    ("k_R is cached before RoPE", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("matmla",), "k_R = rope(self.W_KR(x), positions, self.rope_base)", "k_R = self.W_KR(x)"),
+    ("k_R is cached before RoPE", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("matmla",), "k_R = rope(self.W_KR(x), positions, self.rope_base, self.rope_width)", "k_R = self.W_KR(x)"),
     ("the softmax scale forgets d_R", None, "softmax_scale_is_one_over_root_of_whole_query_width", (), "self.scale = (c.d_h + c.d_R) ** -0.5", "self.scale = c.d_h**-0.5"),
     ("queries are made of the latent before its norm", 8, "logits_equal_oracle_at_every_budget", ("mla", torch.float64, TIGHT), "c_Q = self.norm_Q(self.W_DQ(x))", "c_Q = self.W_DQ(x)"),
     ("absorbed reading sums W_UK's wrong side", 9, "any_chunking_equals_uncached", ("mla", math.inf, [1] * 13), "Σ p (W_UV c) = W_UV Σ p c\n        return self.W_O(o.flatten(2))", "Σ p\n        return self.W_O(o.transpose(2, 3).flatten(2))"),
@@ -1149,6 +1149,421 @@ def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monk
         logits = model(x[None, :-1], heads=8)[0][0]
         losses.append(nn.functional.cross_entropy(logits[16:], x[17:]).item())
     assert table[8][8] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+# ---------------------------------------------------------------- pretrained models: transmla.py
+
+FAMILIES = {    # what transformers' own random models look like; d = 24, n_h = 6 unless said otherwise
+    "llama": ("Llama", dict(num_key_value_heads=3)),
+    "llama, untied, wide heads, another base": ("Llama", dict(
+        num_key_value_heads=2, tie_word_embeddings=False, head_dim=10, rms_norm_eps=1e-2,
+        rope_parameters=dict(rope_theta=500.0, rope_type="default"))),
+    "llama, a key for every head": ("Llama", dict(num_key_value_heads=6, head_dim=4)),
+    "mistral, one key for all": ("Mistral", dict(num_key_value_heads=1, head_dim=8, sliding_window=None)),
+    "mistral, a window as long as the context": ("Mistral", dict(num_key_value_heads=2, head_dim=8, sliding_window=64)),
+    "qwen2, biases": ("Qwen2", dict(num_key_value_heads=2)),
+    "qwen2, untied": ("Qwen2", dict(
+        num_key_value_heads=3, tie_word_embeddings=False, rope_parameters=dict(rope_theta=1e6, rope_type="default"))),
+}
+HF_SIZES = dict(
+    vocab_size=257, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6, head_dim=4,
+    max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=256,
+)
+
+
+def hf_config(family, **sizes):
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, f"{family}Config")(**HF_SIZES | sizes)
+
+
+def hf_model(family, seed=0, **sizes):
+    """A model of transformers with random weights, biases and norms."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(hf_config(family, **sizes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 2 else 1))
+    return model
+
+
+def hf_tokens(length=40):
+    return torch.randint(257, (B, length), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(model, tokens, n):
+    """transformers' own greedy continuation."""
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False,
+                          eos_token_id=None, pad_token_id=0)
+
+
+def converted(model, order=None, moments=None, **changes):
+    """(GQA, MLA) in float64 for a model of transformers."""
+    import transmla
+
+    gqa, old = transmla.to_gqa(model)
+    mla = dataclasses.replace(gqa, **{"attention": "mla"} | changes)
+    new = transmla.to_mla(old, gqa, mla, order, moments)
+    return transmla.build(gqa, old, torch.float64), transmla.build(mla, new, torch.float64)
+
+
+def main_of(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    importlib.import_module(script.removesuffix(".py")).main()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transmla_is_the_pretrained_model(name):
+    transmla = pytest.importorskip("transmla")
+    family, sizes = FAMILIES[name]
+    theirs, tokens = hf_model(family, **sizes), hf_tokens()
+    expected = theirs(tokens).logits
+    gqa, mla = converted(theirs)
+    assert gqa.config.qkv_bias == (family == "Qwen2") and gqa.config.tie == theirs.config.tie_word_embeddings
+    assert error(mla(tokens)[0], gqa(tokens)[0]) < TIGHT
+    assert mla.new_cache(3, 17).nbytes == gqa.new_cache(3, 17).nbytes
+    continued = greedy(theirs, tokens, 20)
+    for short in (0, math.inf):                                                                    # naive, absorbed
+        for block in mla.blocks:
+            block.attention.short = short
+        logits, _ = chunked(mla, tokens, [17, 1, 22], [6] * 3)
+        assert error(logits, gqa(tokens)[0]) < TIGHT
+        assert torch.equal(mla.generate(tokens, 20, temperature=0), continued)
+    for block in mla.blocks:
+        block.attention.read, block.attention.short = None, 0                                      # absorbed needs neither
+    assert error(transmla.absorbed(mla, tokens), gqa(tokens)[0]) < TIGHT
+    for run in (lambda: gqa.float()(tokens)[0], lambda: transmla.absorbed(mla.float(), tokens)):
+        assert error(run(), expected) < LOOSE
+
+
+def test_transmla_keeps_the_softmax_scale():
+    """√(d_h + d_R) grows with the number of keys in k_R; what the scores are divided by must stay √d_h."""
+    for n_kv in (1, 2, 6):
+        gqa, mla = converted(hf_model("Llama", num_key_value_heads=n_kv))
+        a, b = gqa.blocks[0].attention, mla.blocks[0].attention
+        assert (b.W_QR.weight.norm() * b.scale).item() == pytest.approx((a.W_Q.weight.norm() * a.d_h**-0.5).item())
+
+
+@pytest.mark.parametrize("family, sizes, words", [
+    ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)), "RoPE scaling (linear)"),
+    ("Llama", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5, rope_theta=1e4)), "RoPE on a part"),
+    ("Llama", dict(hidden_act="gelu"), "the activation gelu"),
+    ("Llama", dict(attention_bias=True), "self_attn.o_proj.bias"),
+    ("Llama", dict(mlp_bias=True), "mlp.gate_proj.bias"),
+    ("Mistral", dict(sliding_window=16), "a sliding window of 16"),
+    ("Qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1), "a sliding window of 16"),
+    ("Qwen3", {}, "QK-norm"),
+    ("Olmo2", {}, "QK-norm"),
+    ("Mixtral", {}, "mixture of experts"),
+    ("Qwen2Moe", {}, "mixture of experts"),
+    ("Gemma", {}, "the architecture gemma"),
+    ("GPT2", {}, "the architecture gpt2"),
+])
+def test_transmla_refuses_by_name(family, sizes, words, tmp_path, monkeypatch, capsys):
+    hf_config(family, **sizes).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main_of("transmla.py", monkeypatch, tmp_path, "--out", tmp_path / "out")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A folder with a random Llama of 6 heads and 3 keys, a byte-level tokenizer, and a text."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    hf_model("Llama", num_key_value_heads=3).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {"<end>": 256}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    (folder / "text.txt").write_text("the cat saw the dog, the dog saw the cat. " * 100, "utf-8")
+    return folder
+
+
+def test_transmla_refuses_what_is_broken(pretrained, tmp_path, monkeypatch, capsys):
+    import transmla
+
+    shutil.copytree(pretrained, tmp_path / "partly")
+    safetensors = importlib.import_module("safetensors.torch")
+    weights = safetensors.load_file(tmp_path / "partly/model.safetensors")
+    del weights["model.layers.1.self_attn.v_proj.weight"]
+    safetensors.save_file(weights, tmp_path / "partly/model.safetensors", {"format": "pt"})
+    real = transmla.layer_to_mla
+    wrong = lambda **given: (made := real(**given)) | {"W_KR": made["W_KR"].flip(0)}
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    for arguments, words, layer in (
+        ([tmp_path / "nothing"], "nothing", real),
+        ([tmp_path / "partly"], "layers.1.self_attn.v_proj.weight", real),
+        ([pretrained, "--d-R", "6"], "multiple of 4", real),
+        ([pretrained, "--d-R", "16"], "up to 12", real),
+        ([pretrained, "--d-R", "4", "--d-c", "16,21"], "21 in 1..20", real),
+        ([pretrained, "--budgets", "7,3"], "1..6", real),
+        ([pretrained, "--text", short], "10 tokens", real),
+        ([pretrained, "--text", pretrained / "text.txt"], "our MLA, naive is another model", wrong),
+    ):
+        monkeypatch.setattr(transmla, "layer_to_mla", layer)
+        with pytest.raises(SystemExit) as stop:
+            main_of("transmla.py", monkeypatch, *arguments, "--out", tmp_path / "out", "--device", "cpu")
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
+        assert not (tmp_path / "out").exists()
+
+
+def test_transmla_converts_without_a_tokenizer(tmp_path, monkeypatch, capsys):
+    hf_model("Qwen2", num_key_value_heads=2).save_pretrained(tmp_path)
+    main_of("transmla.py", monkeypatch, tmp_path, "--out", tmp_path / "out", "--device", "cpu")
+    assert "| our mla, d_c 8, d_R 8 | 6 | 64 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main_of("sample.py", monkeypatch, "--checkpoint", tmp_path / "out/checkpoint.pt", "--device", "cpu")
+    assert "without a tokenizer" in capsys.readouterr().err
+
+
+def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, capsys):
+    """It starts at the loss of the original, falls at every budget, and the cache does not grow."""
+    import train
+    import transmla
+
+    folder, prompt = pretrained, "the é"
+    main_of("transmla.py", monkeypatch, folder, "--out", folder / "matmla", "--text", folder / "text.txt",
+            "--budgets", "6,4,2", "--device", "cpu")
+    assert "| our matmla, d_c 12, d_R 12 | 2 | 96 |" in capsys.readouterr().out
+    start = folder / "matmla/checkpoint.pt"
+    main_of("sample.py", monkeypatch, "--checkpoint", start, "--prompt", prompt, "--tokens", 9, "--temperature", 0,
+            "--device", "cpu")
+    theirs, (model, encoding) = hf_model("Llama", num_key_value_heads=3), train.load(start, "cpu")
+    continued = greedy(theirs, torch.tensor([encoding.encode(prompt)]), 9)[0].tolist()
+    text = b"".join(train.token_bytes(encoding, token) for token in continued).decode(errors="replace")
+    assert capsys.readouterr().out == text + "\n"
+
+    _, calibration = transmla.read_text(folder / "text.txt", 8192, encoding, 64)
+    gqa = converted(theirs)[0].float()
+    for old, new, score in zip(gqa.blocks, model.blocks, transmla.importance(gqa, calibration)):
+        head = old.attention.W_O.weight.unflatten(1, (6, 4))[:, score.argmax()]
+        assert torch.equal(new.attention.W_O.weight[:, :4], head), "the most important head is not the first"
+
+    flags = "--out on --data text.txt --context 32 --steps 25 --batch 6 --eval-windows 24 --lr 0.02 --lr-adamw 0.01"
+    printed = run(folder, "train.py", "--init", start, *flags.split(), "--device", "cpu")
+    assert "a sample at 2 heads" in printed
+    looks = [x["val_loss"] for x in train.read_log(folder / "on/metrics.jsonl") if "val_loss" in x]
+    val = np.fromfile(next((folder / "data").glob("text-*/val.bin")), np.uint16)
+    text = b"".join(map(encoding.decode_single_token_bytes, val.tolist())).decode()
+    assert text in (folder / "text.txt").read_text() + "<end>"
+    x, y = train.windows(val, np.linspace(0, len(val) - 33, 3).astype(int), 32, torch.device("cpu"))
+    loss = nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert looks[0]["6"] == pytest.approx(loss, abs=1e-4)
+    assert all(looks[-1][m] < looks[0][m] - 0.5 for m in ("6", "4", "2"))
+    healed, _ = train.load(folder / "on/checkpoint.pt", "cpu")
+    assert healed.new_cache(1, 1).nbytes == converted(theirs)[0].float().new_cache(1, 1).nbytes
+    assert all(block.attention.W_UK.weight.abs().min() > 0 for block in healed.blocks)             # they were all zero
+
+
+def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_path, monkeypatch, capsys):
+    """Of any checkpoint; flags beat its sizes where weights allow it. One from before a field existed still resumes."""
+    import train
+
+    old = torch.load(trained[0] / "out/checkpoint.pt", weights_only=True)
+    for field in ("qkv_bias", "norm_latents", "norm_eps", "rope_width"):
+        del old["config"][field], old["settings"][field]
+    torch.save(old, tmp_path / "checkpoint.pt")
+    flags = "--context 16 --budgets 9,2 --data elsewhere --init"
+    _, args, config = train.settings([*flags.split(), str(tmp_path / "checkpoint.pt")])
+    assert (config.d, config.context, config.budgets, config.norm_eps) == (24, 16, (9, 2), 1e-6)
+    assert args.encoding == "bytes" and args.steps == 500 and args.resume is None
+    assert "wrote checkpoint.pt" in run(trained[0], "train.py", "--resume", "--out", tmp_path)
+    for flags, words in ((["--d", "48"], "another shape"), (["--init", str(tmp_path / "no.pt")], "no.pt")):
+        with pytest.raises(SystemExit) as stop:
+            main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
+    monkeypatch.setattr(train, "get_encoding", lambda name: type("Large", (), {"n_vocab": 151936}))
+    (tmp_path / "text.txt").write_text("a text")
+    _, args, _ = train.settings(["--data", str(tmp_path / "text.txt")])
+    with pytest.raises(ValueError, match="151936 .* 65536"):
+        train.prepare(args)
+
+
+def test_transmla_tokenizers_keep_every_byte(pretrained, tmp_path):
+    """Byte-level pieces as of GPT-2, and <0x0A> for a single byte as of SentencePiece. Special tokens in a text are text."""
+    import train
+    import transmla
+
+    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256)), " a", "ab", " ", "a", "b", "▁"]
+    (tmp_path / "pieces.json").write_text(json.dumps(pieces), "utf-8")
+    listed = train.get_encoding({"json": transmla.from_pieces(tmp_path / "pieces.json", 1), "eot_token": 1})
+    assert listed.encode_ordinary("abab") == [1, *map(pieces.index, (" a", "b", "ab"))]            # earlier merges first
+    encoding = train.get_encoding(transmla.read_pretrained(pretrained)[1])
+    assert encoding.eot_token == 256 and encoding.n_vocab == 257
+    for text in ("def f():\r\n\n\treturn 'é日本'  \n\n", "a <end> b"):
+        for one, before in ((encoding, ""), (listed, "\n<s>\n ")):
+            tokens = one.encode_ordinary(text)
+            assert b"".join(map(one.decode_single_token_bytes, tokens)).decode() == before + text
+            assert one.encode_ordinary_batch([text, ""], num_threads=2)[0] == tokens
+    assert encoding.eot_token not in encoding.encode_ordinary("a <end> b")
+
+
+@pytest.mark.parametrize("attention", ["mha", "nested_mha"])
+def test_biases_are_sliced_with_their_heads(attention):
+    tokens = some_tokens()
+    model = make(attention, qkv_bias=True)
+    plain = make("gqa", n_kv=6, qkv_bias=True)
+    plain.load_state_dict(model.state_dict())
+    assert error(model(tokens)[0], plain(tokens)[0]) < TIGHT
+    model.load_state_dict({k: torch.zeros_like(v) if k.endswith("bias") else v for k, v in model.state_dict().items()})
+    assert error(model(tokens)[0], plain(tokens)[0]) > 0.01
+    if attention == "nested_mha":
+        model = make(attention, qkv_bias=True)
+        assert error(model(tokens, heads=4)[0], first_heads(model, 4)(tokens)[0]) < TIGHT
+
+
+def test_rope_frequencies_repeat():
+    x, positions = torch.randn(B, T, 12, dtype=torch.float64), torch.arange(T)
+    once = torch.cat([rope(part, positions, 100.0) for part in x.split(4, -1)], -1)
+    assert error(rope(x, positions, 100.0, 4), once) < TIGHT and error(rope(x, positions, 100.0), once) > 0.1
+
+
+# ---- smaller caches, fewer heads
+
+
+def calibrated(theirs, **changes):
+    import transmla
+
+    gqa, _ = converted(theirs)
+    return converted(theirs, moments=transmla.second_moments(gqa, hf_tokens()), **changes)
+
+
+def test_transmla_rotation_of_kv_heads_commutes_with_rope():
+    for family in ("Llama", "Qwen2"):
+        gqa, mla = calibrated(hf_model(family, num_key_value_heads=3, head_dim=8), d_R=24, d_c=24)
+        assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) < TIGHT
+        k = converted(hf_model(family, num_key_value_heads=3, head_dim=8))[1].blocks[0].attention.W_KR
+        assert error(mla.blocks[0].attention.W_KR.weight, k.weight) > 0.1                          # but it is another one
+
+
+def test_transmla_cuts_nothing_from_keys_that_are_copies_and_values_of_low_rank():
+    """All keys ±1 times one another: RoRoPE puts them into one slot. Values of rank 5: PCA finds it."""
+    theirs = hf_model("Qwen2", num_key_value_heads=3, head_dim=8)
+    with torch.no_grad():
+        for layer in theirs.model.layers:
+            a = layer.self_attn
+            for p in (a.k_proj.weight, a.k_proj.bias):
+                p.copy_(torch.cat((p[:8], -p[:8], 2 * p[:8])))
+            basis = torch.randn(24, 5)
+            a.v_proj.weight.copy_(basis @ torch.randn(5, 24)), a.v_proj.bias.copy_(basis @ torch.randn(5))
+    gqa, mla = calibrated(theirs, d_R=8, d_c=5)
+    assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) < 1e-6                                  # of float32 weights
+    assert mla.new_cache(1, 1).nbytes * 48 == gqa.new_cache(1, 1).nbytes * 13
+    gqa, mla = calibrated(theirs, d_R=8, d_c=4)
+    assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_transmla_keys_beyond_k_R_go_through_the_latent(family):
+    """Without RoPE, then. If the model's RoPE does not turn anything, that changes nothing."""
+    theirs = hf_model(family, num_key_value_heads=3, head_dim=8, rope_parameters=dict(rope_theta=1e60, rope_type="default"))
+    with torch.no_grad():
+        for layer in theirs.model.layers:
+            for name, p in layer.self_attn.k_proj.named_parameters():
+                p.unflatten(0, (3, 2, 4))[:, :, 0] = 0                                             # frequency 1, at any base
+    for d_R in (16, 8):
+        gqa, mla = calibrated(theirs, d_R=d_R, d_c=48 - d_R)
+        assert error(mla(hf_tokens())[0], gqa(hf_tokens())[0]) < 1e-8
+        assert mla.blocks[0].attention.W_UK.weight.norm() > 1
+
+
+def test_transmla_second_moments_are_of_what_the_attention_sees():
+    import transmla
+
+    gqa, _ = converted(hf_model("Llama", num_key_value_heads=3))
+    windows = hf_tokens()
+    x = torch.cat([gqa.blocks[0].norm_attention(gqa.embed(w[:-1])) for w in windows])
+    x = torch.cat((x, torch.ones(len(x), 1)), 1)
+    assert error(transmla.second_moments(gqa, windows)[0], sum(torch.outer(v, v) for v in x) / len(x)) < TIGHT
+
+
+def test_transmla_any_order_of_heads_is_the_same_model_and_a_budget_keeps_the_first_of_them():
+    theirs, tokens = hf_model("Qwen2", num_key_value_heads=2), hf_tokens()
+    order = [[4, 0, 5, 2, 1, 3], [1, 3, 0, 5, 2, 4]]
+    gqa, matmla_ = converted(theirs, order, attention="matmla", budgets=(6, 4, 2))
+    assert error(matmla_(tokens)[0], gqa(tokens)[0]) < TIGHT
+    with torch.no_grad():
+        for block, heads in zip(gqa.blocks, order):
+            for h in heads[2:]:
+                block.attention.W_O.weight[:, h * 4 : (h + 1) * 4] = 0
+    assert error(matmla_(tokens, heads=2)[0], gqa(tokens)[0]) < TIGHT
+
+
+def test_transmla_importance_is_the_fisher_information_of_a_gate_per_head():
+    import transmla
+
+    gqa, _ = converted(hf_model("Llama", num_key_value_heads=3))
+    score, expected = transmla.importance(gqa, hf_tokens()), torch.zeros(2, 6)
+    for w in hf_tokens():
+        gates = torch.ones(2, 39, 6, 1, dtype=torch.float64, requires_grad=True)
+        hooks = [
+            block.attention.W_O.register_forward_pre_hook(lambda _, o, g=g: (o[0].unflatten(-1, (6, 4)) * g).flatten(-2))
+            for block, g in zip(gqa.blocks, gates)
+        ]
+        gqa(w[None, :-1], w[None, 1:])[1].backward()
+        expected += gates.grad.square().sum((1, 3))
+        for hook in hooks:
+            hook.remove()
+    assert error(score, expected) < LOOSE
+
+
+def test_transmla_leaves_training_a_way_into_the_part_without_rope():
+    """W_UK is zero and W_UQ is not: W_UK has a gradient at once. With both zero, neither would ever have one."""
+    _, mla = converted(hf_model("Llama", num_key_value_heads=3))
+    mla(hf_tokens(), hf_tokens())[1].backward()
+    for block in mla.blocks:
+        a = block.attention
+        assert not a.W_UK.weight.any() and a.W_UK.weight.grad.abs().min() > 0
+        assert a.W_UQ.weight.abs().min() > 0 and not a.W_UQ.weight.grad.any()                      # until W_UK has moved
+        assert a.W_QR.weight.grad[a.W_QR.weight == 0].abs().min() > 0                              # other heads' slots too
+
+
+def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
+    """The converse of TransMLA is false, twice.
+
+    Values. A token that is alone sees itself, so the layer is a linear map of x, Σ_h W_O,h W_V,g(h) x. GQA caches as many
+    numbers of values as of keys, so this map goes through half a row: its rank is at most n_kv·d_h. MLA may give nearly all
+    of a row to c_KV: rank d_c.
+    Scores. Head h of token t scores token s by q̃_t,h · k̃_s, k̃_s being the rotated keys of all n_kv heads side by side. So
+    the scores of all heads, [n_h·T, S], are a product through n_kv·d_h numbers. What softmax shows of them, log p, differs
+    by a constant in every row: 1 more at most. In MLA they go through a whole row, d_c + d_R = 2·n_kv·d_h numbers.
+    """
+    sizes = dict(n_layer=1, d=40, n_h=6, d_h=8, n_kv=2, qkv_bias=False, d_cq=0, norm_latents=False, rope_width=8)
+    gqa = make("gqa", **sizes).blocks[0].attention
+    assert gqa.numbers(6) == 32
+
+    def rank_of_values(attention):
+        return torch.linalg.matrix_rank(attention(torch.eye(40).double()[:, None])[:, 0]).item()   # 40 texts of one token
+
+    mla = make("mla", **sizes | dict(d_c=28, d_R=4, rope_width=0)).blocks[0].attention
+    assert mla.numbers(6) == 32
+    assert rank_of_values(gqa) == 16 and rank_of_values(mla) == 28
+
+    def rank_of_scores(attention, monkeypatch=pytest.MonkeyPatch()):
+        log_p = []
+
+        def watch(q, k, v, positions, scale):
+            keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+            scores = torch.einsum("bthd,bshd->bhts", q, keys)[0, :, 60:, :60] * scale              # late tokens see them all
+            log_p.append(scores.log_softmax(-1))
+            return attend(q, k, v, positions, scale)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(matmla, "attend", watch)
+            attention(torch.randn(1, 120, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4)
+        return torch.linalg.matrix_rank(log_p[0].flatten(0, 1), rtol=1e-9).item()
+
+    mla = make("mla", **sizes | dict(d_c=16, d_R=16)).blocks[0].attention                          # the shape TransMLA makes
+    assert mla.numbers(6) == 32
+    assert rank_of_scores(gqa) <= 16 + 1 and rank_of_scores(mla) > 16 + 1
 
 
 def main():

@@ -7,6 +7,7 @@ Train a language model whose attention works at several head budgets.
     python train.py --preset paper --out out/paper         209M parameters on FineWeb-Edu, the MatMLA paper's scale
     torchrun --nproc_per_node=2 train.py ...               the same on two GPUs
     python train.py --resume --out out/paper               go on after an interruption, as if there had been none
+    python train.py --init out/paper/checkpoint.pt ...     a new run from the weights of another, such as transmla.py's
     python train.py --report out/paper out/mla8            compare finished runs
 
 One pass per step trains all budgets: equal parts of the batch get one each. Results go to --out: checkpoint.pt,
@@ -22,6 +23,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -87,7 +89,7 @@ def make_config(values):
 
 
 def settings(argv=None):
-    """Parse the command line: (parser, args, config). A flag beats what --resume finds, which beats the preset."""
+    """Parse the command line: (parser, args, config). A flag beats what --resume or --init finds, which beats the preset."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--preset", default="tiny", choices=PRESETS, help="sizes and recipe that the other flags change")
@@ -113,6 +115,8 @@ def settings(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
     add("--out", default=Path("out"), type=Path, help="folder of the run")
     add("--resume", action="store_true", help="continue the run in --out, with its own settings")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, sizes and tokenizer, but at step 0, "
+        "with fresh optimizers; take much lower learning rates")
     add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; the figure goes to --out")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
@@ -122,9 +126,12 @@ def settings(argv=None):
     early, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[early.preset])
     saved = parser.attempt(load_checkpoint, early.out / "checkpoint.pt") if early.resume else None
+    other = parser.attempt(load_checkpoint, early.init) if early.init and not saved else None
+    parser.set_defaults(**other["config"] if other else {})
     parser.set_defaults(**saved["settings"] if saved else {})
     args = parser.parse_args(argv)
-    args.resume = saved                                                         # a checkpoint is read once
+    args.resume, args.init = saved, other                                       # a checkpoint is read once
+    args.encoding = (saved or other or {"encoding": "bytes" if args.data == "stdlib" else "gpt2"})["encoding"]
     config = parser.attempt(make_config, vars(args))
     with torch.device("meta"):
         parser.attempt(GPT, config)                                             # sizes that do not fit are refused here
@@ -143,8 +150,44 @@ def settings(argv=None):
 END = "<|endoftext|>"    # between documents
 
 
+class Tokenizer:
+    """A tokenizer.json, as pretrained models bring along, with those methods of a tiktoken.Encoding that are used here."""
+
+    def __init__(self, json, eot_token):
+        import tokenizers                                                       # needed only here
+
+        self.tokenizer = tokenizers.Tokenizer.from_str(json)
+        self.tokenizer.encode_special_tokens = True                             # text that looks like one is text
+        self.tokenizer.no_truncation()
+        self.eot_token, self.n_vocab = eot_token, max(self.tokenizer.get_vocab().values()) + 1
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]         # GPT-2 writes these as letters past 255
+        self.byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        self.byte_level = '"ByteLevel"' in json
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text).ids                                  # and what the model wants in front of it
+
+    encode = encode_ordinary
+
+    def encode_ordinary_batch(self, texts, num_threads):
+        return [encoded.ids for encoded in self.tokenizer.encode_batch_fast(texts)]
+
+    def decode_single_token_bytes(self, token):
+        piece = self.tokenizer.id_to_token(token) or "?"
+        if self.byte_level and all(letter in self.byte for letter in piece):
+            return bytes(self.byte[letter] for letter in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("▁", " ").encode()                                 # SentencePiece's sign for a space
+
+
 def get_encoding(name):
-    """`bytes`: 256 tokens that never merge; `gpt2`: the GPT-2 vocabulary, which tiktoken downloads once."""
+    """`bytes`: 256 tokens that never merge; `gpt2`: GPT-2's vocabulary, which tiktoken downloads once; a dict: a Tokenizer."""
+    if isinstance(name, dict):
+        return Tokenizer(**name)
+    if name is None:
+        raise ValueError("this model came without a tokenizer, so it knows token numbers, but no text")
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={END: 256})
@@ -214,11 +257,15 @@ def prepare(args):
         raise FileNotFoundError(f"no file {path}")
     files = (sorted(path.rglob("*")) or [path]) if path.exists() else []
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] or sys.version    # other text, other folder
-    key = hashlib.sha1(repr((args.data, args.data_config, args.text_column, args.tokens, stamps)).encode()).hexdigest()
+    usual, held_out = ("bytes", 20) if args.data == "stdlib" else ("gpt2", 200)
+    key = (args.data, args.data_config, args.text_column, args.tokens, stamps) + (args.encoding,) * (args.encoding != usual)
+    key = hashlib.sha1(repr(key).encode()).hexdigest()
     folder = Path("data") / f"{path.stem}-{key[:8]}"
     if folder.exists():
         return folder
-    encoding, held_out = get_encoding("bytes" if args.data == "stdlib" else "gpt2"), 20 if args.data == "stdlib" else 200
+    encoding = get_encoding(args.encoding)
+    if encoding.n_vocab > 2**16:
+        raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit the uint16 of train.bin, at most {2**16} does")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -501,7 +548,7 @@ def train(args, config):
     first, path = 0, args.out / "checkpoint.pt"
     if args.resume:
         first = args.resume["step"]
-        if args.resume["config"] != dataclasses.asdict(config):
+        if make_config(args.resume["config"]) != config:
             raise ValueError(f"{path} is a checkpoint of another shape, {args.resume['config']}")
         if first > args.steps:
             raise ValueError(f"{path} has {first} steps already, more than --steps {args.steps}")
@@ -515,14 +562,20 @@ def train(args, config):
         prepare(args)
     if world > 1:
         dist.barrier()                                                          # the others find it prepared
-    encoding, vocab_size = ("bytes", 257) if args.data == "stdlib" else ("gpt2", 50304)    # a multiple of 128 is fast
-    config.vocab_size = args.vocab_size = max(config.vocab_size, vocab_size)
+    if args.encoding in ("bytes", "gpt2"):
+        least = 257 if args.encoding == "bytes" else 50304                      # a multiple of 128 is fast
+        config.vocab_size = args.vocab_size = max(config.vocab_size, least)
     train_tokens, val_tokens = read_tokens(prepare(args), args, config)
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")                                  # what bfloat16 leaves in float32 may use tf32
     model = GPT(config).to(device)
     optimizer = optimizers(model, args)
+    if args.init:
+        try:
+            model.load_state_dict(args.init["model"])
+        except RuntimeError:
+            raise ValueError(f"the checkpoint of --init is of another shape, {args.init['config']}") from None
     if args.resume:
         model.load_state_dict(args.resume["model"])
         for o, state in zip(optimizer, args.resume["optimizers"]):
@@ -553,8 +606,8 @@ def train(args, config):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"a weight is not finite after step {step}")
         if master:
-            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "report")}
-            save(path, config=dataclasses.asdict(config), settings=settings, encoding=encoding, step=step,
+            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "encoding", "report")}
+            save(path, config=dataclasses.asdict(config), settings=settings, encoding=args.encoding, step=step,
                  model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
 
     asked = []                                                                  # to stop, by Ctrl-C or kill; twice is at once
@@ -601,20 +654,20 @@ def train(args, config):
         dist.destroy_process_group()
     if not master:
         return
-    finish(model, encoding, args, log, dict(
+    finish(model, args, log, dict(
         variant=config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else ""),
         parameters=size, tokens=bar.total, flops=cost * bar.total, cache_bytes=GPT(config).bfloat16().new_cache(1, 1).nbytes,
         val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
         device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}", torch=torch.__version__))
 
 
-def finish(model, encoding, args, log, final):
+def finish(model, args, log, final):
     """What a finished run leaves: its last line of metrics, its figure, a table and a sample at each budget."""
     log.write(json.dumps({"step": args.steps, "final": final}) + "\n")
     print(f"trained in {final['seconds'] / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
     draw_losses(args.out)
     report([args.out], args.out)
-    encoding, prompt = get_encoding(encoding), "def read(self, " if args.data == "stdlib" else "The "
+    encoding, prompt = get_encoding(args.encoding), "def read(self, " if args.data == "stdlib" else "The "
     prompt = torch.tensor([encoding.encode(prompt)], device=model.embed.weight.device)
     for m in final["val_loss"]:
         text = model.eval().generate(prompt, 200, m, temperature=0.8, top_k=40)
