@@ -134,7 +134,7 @@ def attend_one(q, k, v, positions, scale):
         scores = (q[:, 0] @ k[:, :, 0].mT).float() * scale                      # [B,n,S]
         p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
         return (p.to(v.dtype) @ v[:, :, 0])[:, None]
-    q, k, v_wide = (F.pad(t, (0, w - t.shape[-1] + -w % 8)) for t in (q, k, v)) # flash: S slots for every sequence,
+    q, k, v_wide = (F.pad(t, (0, w - t.shape[-1] + -w % 8)) for t in (q, k, v)) # flash: S rows for every sequence,
     ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)
     used = (positions + 1).int().expand(B).contiguous()                         # of which so many are in use
     flash = torch.ops.aten._flash_attention_forward                             # varlen_attn(seqused_k=...) from torch 2.12 on
@@ -165,26 +165,33 @@ class Cache:
 
     rows [n_layer, B, capacity, numbers] for a model, [B, capacity, numbers] for one layer; `length` rows
     are in use. `heads`: how many heads a row has room for; fewer than all only in nested MHA's ragged cache.
+    position: for a CUDA graph, which is recorded once and must be right for any length, a tensor [1] that says
+    where the next row goes; all rows are then returned, and `attend` leaves out those that are not in use.
     No gradient flows through a cache.
     """
 
-    def __init__(self, rows, heads, length=0):
-        self.rows, self.heads, self.length = rows, heads, length
+    def __init__(self, rows, heads, length=0, position=None):
+        self.rows, self.heads, self.length, self.position = rows, heads, length, position
 
     @property
     def nbytes(self):
         return self.rows.nbytes
 
     def layer(self, i):
-        return Cache(self.rows[i], self.heads, self.length)
+        return Cache(self.rows[i], self.heads, self.length, self.position)
 
     def positions(self, T):
         """Of the next T tokens, [T]."""
+        if self.position is not None:
+            return self.position
         return torch.arange(self.length, self.length + T, device=self.rows.device)
 
     @torch.no_grad()
     def append(self, new):
         """Store new rows [B, T, numbers]; return all rows so far, [B, S, numbers]. ValueError if they do not fit."""
+        if self.position is not None:
+            self.rows[:, self.position] = new
+            return self.rows
         batch, capacity, _ = self.rows.shape
         if new.shape[0] != batch:
             raise ValueError(f"a batch of {new.shape[0]} does not fit a cache for a batch of {batch}")
@@ -193,30 +200,6 @@ class Cache:
         self.rows[:, self.length : self.length + new.shape[1]] = new
         self.length += new.shape[1]
         return self.rows[:, : self.length]
-
-
-class Slots:
-    """Rows of a Cache as a CUDA graph sees them: where the next one goes, position [1], only the device knows.
-
-    Reads see all rows [B, S, numbers]; `attend` leaves out those after `position`. What was recorded for one
-    position is so right for all.
-    """
-
-    length = 0
-
-    def __init__(self, rows, heads, position):
-        self.rows, self.heads, self.position = rows, heads, position
-
-    def layer(self, i):
-        return Slots(self.rows[i], self.heads, self.position)
-
-    def positions(self, T):
-        return self.position
-
-    @torch.no_grad()
-    def append(self, new):
-        self.rows[:, self.position] = new
-        return self.rows
 
 
 # ---------------------------------------------------------------- the five attentions
@@ -670,7 +653,7 @@ def compiled_block():
 class Step:
     """One decoding step on a GPU as a CUDA graph: the host starts it with one call, and never waits.
 
-    There is one graph per budget, and per doubling of the length beyond 1024: a graph reads a fixed number of slots.
+    There is one graph per budget, and per doubling of the length beyond 1024: a graph reads a fixed number of rows.
     """
 
     def __init__(self, model, cache, choose, generator=None):
@@ -685,10 +668,10 @@ class Step:
         self.token.copy_(token)
         self.position.fill_(self.cache.length)
         if (m, S) not in self.graphs:
-            slots = Slots(self.cache.rows[:, :, :S], self.cache.heads, self.position)
+            view = Cache(self.cache.rows[:, :, :S], self.cache.heads, position=self.position)
 
             def logits():
-                return self.model.unembed(self.model.hidden(self.token, m, slots, compiled_block())[:, -1])
+                return self.model.unembed(self.model.hidden(self.token, m, view, compiled_block())[:, -1])
 
             with torch._dynamo.config.patch(recompile_limit=64):                # budgets, lengths and batches
                 logits()                                                        # compiles; then record, which runs nothing

@@ -29,7 +29,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import matmla
-from matmla import ATTENTION, GPT, Config, Slots, attend, rope, sample
+from matmla import ATTENTION, GPT, Cache, Config, attend, rope, sample
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
 HERE = Path(__file__).parent
@@ -502,18 +502,18 @@ def test_greedy_schedule_equals_oracle_over_200_tokens(attention):
 
 @every_variant
 @torch.no_grad()
-def test_decoding_by_slots_equals_decoding_by_cache(attention):
-    """What a CUDA graph runs: fixed slots of which the last are unused, and a position that only a tensor knows."""
+def test_decoding_by_position_equals_decoding_by_length(attention):
+    """What a CUDA graph runs: a fixed number of rows of which the last are unused, and a position that only a tensor knows."""
     model, tokens = make(attention), some_tokens()
     cache, other = model.new_cache(B, 20), model.new_cache(B, 20)
     other.rows.fill_(7.0)                                                                          # nothing unused may be read
     for c in (cache, other):
         model(tokens[:, :9], cache=c)
     position = torch.tensor([8])
-    slots = Slots(other.rows[:, :, :16], other.heads, position)
+    view = Cache(other.rows[:, :, :16], other.heads, position=position)
     for m, token in zip(budgets_of(attention) * 4, tokens[:, 9:].split(1, 1)):
         position += 1
-        assert error(model.unembed(model.hidden(token, m, slots)), model(token, heads=m, cache=cache)[0]) < TIGHT
+        assert error(model.unembed(model.hidden(token, m, view)), model(token, heads=m, cache=cache)[0]) < TIGHT
     assert error(other.rows[:, :, :T], cache.rows[:, :, :T]) < TIGHT
 
 
@@ -842,7 +842,7 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("the mask drops one head too few", 11, "gradients_of_sliced_masked_and_divided_batches_agree", ("matmla",), "device=o.device) < heads[:, None])", "device=o.device) <= heads[:, None])"),
     ("the latent is counted without k_R", 12, "cache_bytes_are_numbers_per_token_times_everything", ("mla",), "return self.d_c + self.d_R", "return self.d_c"),
     ("absorption is thought to pay up to d_h", 13, None, (), "return d_c * d_h / (d_c - d_h)", "return d_h"),
-    ("a slot that is not used yet is read", None, "decoding_by_slots_equals_decoding_by_cache", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
+    ("a row that is not in use is read", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
     ("a batch divided by budgets comes back in another order", None, "gradients_of_sliced_masked_and_divided_batches_agree", ("nested_mha",), "zip(x.split(len(x) // len(heads)), heads)]", "zip(x.split(len(x) // len(heads)), heads)][::-1]"),
     ("top-p cuts one token too many", None, "sampling_follows_the_distribution_that_top_k_and_top_p_leave", (), "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
 ]
@@ -858,7 +858,7 @@ def test_mutant_is_caught(what, number, test, arguments, old, new, monkeypatch):
     if test:
         lab = load_text(mutated)
         monkeypatch.setitem(globals(), "matmla", lab)
-        for name in ("ATTENTION", "GPT", "Config", "Slots", "attend", "rope", "sample"):
+        for name in ("ATTENTION", "GPT", "Cache", "Config", "attend", "rope", "sample"):
             monkeypatch.setitem(globals(), name, getattr(lab, name))
         with pytest.raises((AssertionError, RuntimeError)):
             globals()["test_" + test](*arguments)
