@@ -6,7 +6,8 @@ What one token costs in the cache of every variant, by the formula and as real t
     python bench_cache.py --preset deepseek-v3     published models, sizes only
     python bench_cache.py --switch out             a trained model's perplexity when the budget changes after a prefix
 
-The last line of output is the same as one JSON object; the figure is bench_cache.png in --out.
+The last line of output is the same as one JSON object. The figures go to --out: cache_row.png, what a token leaves, to
+scale; bench_cache.png, size and speed against context.
 """
 
 import argparse
@@ -226,6 +227,32 @@ def print_speed(r, rows, device):
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
+def draw_rows(config, path):
+    """What one token leaves in one layer, to scale: one unit of width is one number."""
+    from matplotlib.figure import Figure
+
+    c = config
+    axes = (figure := Figure(figsize=(10, 3), layout="constrained")).subplots()
+    pairs = [("k", c.d_h, "tab:blue"), ("v", c.d_h, "tab:orange")]
+    latent = [("$c_{KV}$", c.d_c, "tab:green"), ("$k_R$", c.d_R, "tab:blue")]
+    small = min(c.budgets)
+    rows = [("MHA, nested MHA full", pairs * c.n_h), (f"nested MHA ragged, {small} heads", pairs * small),
+            (f"GQA, {c.n_kv} groups", pairs * c.n_kv), ("MLA, MatMLA at every budget", latent)]
+    for y, (name, parts) in enumerate(rows):
+        x = 0
+        for label, width, color in parts:
+            axes.barh(y, width, left=x, color=color, edgecolor="white", height=0.7)
+            axes.text(x + width / 2, y, label, ha="center", va="center", color="white", fontsize=8)
+            x += width
+        axes.text(x, y, f"  {x} numbers", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="numbers that one token leaves in one layer of the cache", xlim=(0, 2.3 * c.n_h * c.d_h))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def draw(size_rows, speed_rows, path):
     """Cache size and, if it was measured, decoding speed against context."""
     from matplotlib.figure import Figure
@@ -282,7 +309,7 @@ def main():
     parser.add_argument("--preset", default="tiny", choices=[*PRESETS, "deepseek-v3"], help="sizes of the model")
     parser.add_argument("--switch", type=Path, nargs="+", metavar="RUN", help="measure these runs of train.py instead")
     parser.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first of them that is there")
-    parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figure")
+    parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figures")
     args = parser.parse_args()
     device = parser.attempt(pick_device, args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -311,6 +338,7 @@ def main():
         else:
             torch.set_num_threads(1)                                            # steps this short are not shared well
             result["speeds"] = speeds(config, SHAPES["cuda" if device.type == "cuda" else "cpu"], device)
+        draw_rows(config, args.out / "cache_row.png")
         draw(result["sizes"], result.get("speeds"), args.out / "bench_cache.png")
     print("\n" + json.dumps(result))
 

@@ -578,7 +578,25 @@ def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
 # ---------------------------------------------------------------- exercises: write parts of matmla.py yourself
 
 LAB = os.environ.get("MATMLA", "matmla").removesuffix(".py")    # whose answers are graded
-REFERENCE = Path(matmla.__file__).read_text("utf-8")
+GQA_AS_MLA = '''
+
+def gqa_as_mla(gqa, mla):
+    """Fill the weights of an MLA layer so that it is a GQA layer, for every x, and leaves as many numbers in the cache [3].
+
+    mla has d_cq = 0, latents without norm, d_c = d_R = n_kv·d_h, and RoPE frequencies that start anew after every d_h numbers.
+    """
+    n_h, n_kv, d_h = gqa.n_h, gqa.n_kv, gqa.d_h
+    own = F.one_hot(torch.arange(n_h) // (n_h // n_kv), n_kv).to(gqa.W_Q.weight.dtype)    # [n_h, n_kv]: 1 at a head's own group
+    with torch.no_grad():
+        mla.W_KR.weight.copy_(gqa.W_K.weight)                                   # k_R: the keys, side by side
+        mla.W_DKV.weight.copy_(gqa.W_V.weight)                                  # c_KV: the values, side by side
+        q = gqa.W_Q.weight.unflatten(0, (n_h, d_h)) * ((d_h + mla.d_R) / d_h) ** 0.5
+        mla.W_QR.weight.copy_(torch.einsum("hg,hdi->hgdi", own, q).flatten(0, 2))
+        mla.W_UK.weight.zero_()                                                 # and so W_UQ says nothing
+        mla.W_UV.weight.copy_(torch.kron(own, torch.eye(d_h, dtype=own.dtype)))
+        mla.W_O.weight.copy_(gqa.W_O.weight)
+'''
+REFERENCE = Path(matmla.__file__).read_text("utf-8") + GQA_AS_MLA
 EXERCISES = {}    # number: (title, functions to write, hint, grade)
 
 
@@ -787,13 +805,24 @@ def _(lab):
         assert found == expected, f"{attention} at {m} heads: {found} numbers, {expected} are right (sizes: {SIZES})"
 
 
-@exercise("where absorption stops to pay", "absorb_below", "the T at which naive, 2·d_c·d_h + T·2·d_h, costs as much as absorbed, T·2·d_c")
+@exercise("where absorption stops paying", "absorb_below", "the T at which naive, 2·d_c·d_h + T·2·d_h, costs as much as absorbed, T·2·d_c")
 def _(lab):
     for d_c, d_h in ((512, 128), (14, 10), (40, 12)):
         limit = lab.absorb_below(d_c, d_h)
         cheaper = [T for T in range(1, 400) if T * 2 * d_c < 2 * d_c * d_h + T * 2 * d_h]
         assert [T for T in range(1, 400) if T < limit] == cheaper, f"d_c = {d_c}, d_h = {d_h}: absorbed is cheaper up to T = {cheaper[-1]}, not {limit}"
     assert lab.absorb_below(8, 10) > 1e9, "with a latent no wider than a head, absorbed is always cheaper"
+
+
+@exercise("GQA as MLA", "gqa_as_mla", "k_R holds all keys, c_KV all values; every head finds its own; the softmax scale stays as it was")
+def _(lab):
+    gqa = make("gqa", lab=lab).blocks[0].attention
+    sizes = dict(d_cq=0, d_c=30, d_R=30, rope_width=10, norm_latents=False)
+    mla, x = make("mla", lab=lab, seed=1, **sizes).blocks[0].attention, torch.randn(B, T, 40, dtype=torch.float64)
+    before = gqa(x)
+    lab.gqa_as_mla(gqa, mla)
+    same(mla(x), before, "what the layer returns")
+    assert torch.equal(gqa(x), before), "the GQA layer itself has changed"
 
 
 @pytest.mark.parametrize("number", EXERCISES, ids=[f"{n}-{title.replace(' ', '-')}" for n, (title, *_) in EXERCISES.items()])
@@ -842,6 +871,8 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("the mask drops one head too few", 11, "gradients_of_sliced_masked_and_divided_batches_agree", ("matmla",), "device=o.device) < heads[:, None])", "device=o.device) <= heads[:, None])"),
     ("the latent is counted without k_R", 12, "cache_bytes_are_numbers_per_token_times_everything", ("mla",), "return self.d_c + self.d_R", "return self.d_c"),
     ("absorption is thought to pay up to d_h", 13, None, (), "return d_c * d_h / (d_c - d_h)", "return d_h"),
+    ("the softmax scale of GQA is lost", 14, None, (), " * ((d_h + mla.d_R) / d_h) ** 0.5", ""),
+    ("every head finds the values of the first group", 14, None, (), "torch.kron(own, torch.eye", "torch.kron(own * 0 + own[0], torch.eye"),
     ("a row that is not in use is read", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
     ("a batch divided by budgets comes back in another order", None, "gradients_of_sliced_masked_and_divided_batches_agree", ("nested_mha",), "zip(x.split(len(x) // len(heads)), heads)]", "zip(x.split(len(x) // len(heads)), heads)][::-1]"),
     ("top-p cuts one token too many", None, "sampling_follows_the_distribution_that_top_k_and_top_p_leave", (), "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),

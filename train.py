@@ -117,7 +117,7 @@ def settings(argv=None):
     add("--resume", action="store_true", help="continue the run in --out, with its own settings")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, sizes and tokenizer, but at step 0, "
         "with fresh optimizers; take much lower learning rates")
-    add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; the figure goes to --out")
+    add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; report.png and report.json go to --out")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
         kind = {"type": integers if isinstance(field.default, tuple) else type(field.default)}
@@ -504,7 +504,7 @@ def draw_losses(out):
 
 
 def report(runs, out):
-    """Print a Markdown table of finished runs; draw the perplexity of several against cache size as out/report.png."""
+    """Print a Markdown table of finished runs; draw the perplexity of several against cache size in out/report.png."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
@@ -525,6 +525,7 @@ def report(runs, out):
     if len(runs) > 1:
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "report.png", dpi=150)
+        (out / "report.json").write_text(json.dumps({run.name: final for run, final in finals.items()}, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- the run
