@@ -1024,6 +1024,21 @@ def test_every_budget_gets_its_share_of_sequences():
     assert train.passes(args, config, 5, np.arange(6)) == [(12, 0.5), (8, 0.25), (4, 0.25)]
 
 
+def test_training_flops_count_only_the_heads_that_are_computed():
+    import train
+
+    def cost(*flags):
+        _, args, config = train.settings(["--context", "32", *flags])
+        return train.flops_per_token(args, config)
+
+    fixed = [cost("--attention", "mla", "--n-h", m) for m in ("12", "8", "4")]
+    assert fixed[0] > fixed[1] > fixed[2]
+    assert cost() == cost("--objective", "sample") == pytest.approx(sum(fixed) / 3)
+    assert cost("--batch", "18", "--micro-batch", "9") == pytest.approx(sum(fixed) / 3)
+    assert cost("--objective", "sum") == pytest.approx(sum(fixed))
+    assert cost("--batch", "10") == pytest.approx(fixed[0])                                        # a mask saves nothing
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_text_becomes_tokens_with_documents_held_out_whole(kind, tmp_path, monkeypatch):
     import datasets

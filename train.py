@@ -407,11 +407,12 @@ def learn(run, optimizer, tokens, step, args, config, autocast):
 
 def flops_per_token(args, config):
     """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
+    rows = np.arange(args.batch)[:: math.ceil(args.batch / args.micro_batch)]    # of the first pass of a step
     with torch.device("meta"):
-        model, tokens = GPT(config), torch.zeros(sum(args.shares), config.context, dtype=torch.long)
-    steps = len(tokens) if args.objective == "sample" else 1                    # each budget has its turn
+        model, tokens = GPT(config), torch.zeros(len(rows), config.context, dtype=torch.long)
+    steps = sum(args.shares) if args.objective == "sample" else 1               # each budget has its turn
     with FlopCounterMode(display=False) as counter:
-        for heads, _ in (one for step in range(steps) for one in passes(args, config, step, np.arange(len(tokens)))):
+        for heads, _ in (one for step in range(steps) for one in passes(args, config, step, rows)):
             model(tokens, tokens, None if isinstance(heads, torch.Tensor) else heads)[1].backward()    # a mask saves nothing
     return counter.get_total_flops() / tokens.numel() / steps
 
