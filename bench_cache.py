@@ -6,8 +6,8 @@ What one token costs in the cache of every variant, by the formula and as real t
     python bench_cache.py --preset deepseek-v3     published models, sizes only
     python bench_cache.py --switch out             a trained model's perplexity when the budget changes after a prefix
 
-The last line of output is the same as one JSON object. The figures go to --out: cache_row.png, what a token leaves, to
-scale; bench_cache.png, size and speed against context.
+The last line of output is the same as one JSON object. For the first two, figures go to --out: cache_row.png, what a token
+leaves, to scale; bench_cache.png, size and speed against context.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import matmla
 from matmla import ATTENTION, GPT, Config, Step
-from train import PRESETS, Parser, load, load_checkpoint, make_config, pick_device, prepare, read_tokens, windows
+from train import PRESETS, Parser, load, load_checkpoint, make_config, pick_device, perplexity, prepare, read_tokens, windows
 
 PUBLISHED = {    # sizes from the models' own config files; DeepSeek-V3's hardware paper (arXiv:2505.09343) compares them
     "DeepSeek-V3": Config("mla", n_layer=61, d=7168, n_h=128, d_h=128, d_c=512, d_cq=1536, d_R=64, budgets=(128,)),
@@ -249,7 +249,6 @@ def draw_rows(config, path):
     axes.invert_yaxis()
     axes.set(xlabel="numbers that one token leaves in one layer of the cache", xlim=(0, 2.3 * c.n_h * c.d_h))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -260,8 +259,8 @@ def draw(size_rows, speed_rows, path):
     figure = Figure(figsize=(10 if speed_rows else 5, 4), layout="constrained")
     left, *right = figure.subplots(1, 2 if speed_rows else 1, squeeze=False)[0]
     lengths = [2**i for i in range(8, 18)]
-    for r in size_rows:
-        left.plot(lengths, [r["measured"] * n / 2**20 for n in lengths], label=f"{r['variant']} {r['layout']}".strip())
+    for i, r in enumerate(size_rows):                                           # each thinner, to show where they coincide
+        left.plot(lengths, [r["measured"] * n / 2**20 for n in lengths], linewidth=8 - i, label=f"{r['variant']} {r['layout']}".strip())
     left.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="MiB per sequence, bfloat16")
     for axes in right:
         batch = 16 if any(r["batch"] == 16 for r in speed_rows) else 1
@@ -274,7 +273,6 @@ def draw(size_rows, speed_rows, path):
         axes.set(xscale="log", xlabel="tokens in the cache", ylabel=f"tokens per second, batch {batch}", ylim=(0, None))
     for axes in (left, *right):
         axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -286,6 +284,8 @@ def switching(run, device, count=128):
     """Perplexity of held-out text read at budget b after a prefix, half a context long, written at budget a: {a: {b: ...}}."""
     saved = load_checkpoint(run / "checkpoint.pt")
     model, _ = load(run / "checkpoint.pt", device)
+    if "data" not in saved["settings"]:
+        raise ValueError(f"{run} was not trained by train.py, so it has no held-out text")
     c, args = model.config, argparse.Namespace(**saved["settings"], encoding=saved["encoding"])
     if not ATTENTION[c.attention].nested:
         raise ValueError(f"{run} is {c.attention}, which has one budget only")
@@ -301,7 +301,7 @@ def switching(run, device, count=128):
             for b in c.budgets:
                 cache.length = half
                 table[a][b] += model(x[:, half:], y[:, half:], b, cache)[1].item() * len(part) / count
-    return c.attention, {a: {b: float(np.exp(loss)) for b, loss in row.items()} for a, row in table.items()}
+    return c.attention, {a: {b: perplexity(loss) for b, loss in row.items()} for a, row in table.items()}
 
 
 def main():
@@ -310,14 +310,18 @@ def main():
     parser.add_argument("--switch", type=Path, nargs="+", metavar="RUN", help="measure these runs of train.py instead")
     parser.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first of them that is there")
     parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figures")
-    args = parser.parse_args()
-    device = parser.attempt(pick_device, args.device)
+    parser.attempt(bench, parser.parse_args())
+
+
+def bench(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = pick_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     result = dict(device=name, torch=torch.__version__)
     if args.switch:
         result["perplexity"] = {}
         for run in args.switch:
-            variant, table = parser.attempt(switching, run, device)
+            variant, table = switching(run, device)
             result["perplexity"][str(run)] = table
             print(f"{run}, {variant}: perplexity of text read at b heads after a prefix written at a heads\n")
             print("| a \\ b | " + " | ".join(map(str, table)) + " |\n" + "|---" * (len(table) + 1) + "|")

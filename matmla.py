@@ -111,7 +111,7 @@ def attend(q, k, v, positions, scale):
     Returns [B, T, n, w_v].
     """
     T, S, group, w_v = q.shape[1], k.shape[1], q.shape[2] // k.shape[2], v.shape[-1]
-    if T == 1 < S and q.is_cuda and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    if T == 1 < S and q.is_cuda and q.dtype == k.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         return attend_one(q, k, v, positions, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # [B,n,T,w], [B,n_kv,S,·]
     if q.device.type == "cpu":
@@ -131,7 +131,7 @@ def attend_one(q, k, v, positions, scale):
     """`attend` for one new token on a GPU, by the fastest call of torch whose number of keys is known to the device only."""
     B, S, n_kv, w = k.shape
     if n_kv == 1 and (B < 32 or w > 256 or w % 8):                              # few rows, or wider than flash can do
-        scores = (q[:, 0] @ k[:, :, 0].mT).float() * scale                      # [B,n,S]
+        scores = (q[:, 0] * scale @ k[:, :, 0].mT).float()                      # [B,n,S]
         p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
         return (p.to(v.dtype) @ v[:, :, 0])[:, None]
     q, k, v_wide = (F.pad(t, (0, w - t.shape[-1] + -w % 8)) for t in (q, k, v)) # flash: S rows for every sequence,
@@ -225,7 +225,7 @@ class Attention(nn.Module):
         for one other than n_h without nesting, for parts that are not equal, and for a cache that is too small.
         """
         if isinstance(heads, tuple):
-            if cache is not None or len(x) % len(heads):
+            if cache is not None or not heads or len(x) % len(heads):
                 raise ValueError(f"{len(x)} sequences are not {len(heads)} equal parts without a cache")
             return torch.cat([self(part, m) for part, m in zip(x.split(len(x) // len(heads)), heads)])
         heads = self.check(heads, x.shape[0])
@@ -602,8 +602,9 @@ class GPT(nn.Module):
         """
         if tokens.shape[1] == 0:
             raise ValueError("the prompt has 0 tokens, at least 1 is needed")
-        if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} is below 0, top_k {top_k} below 1, or top_p {top_p} not in 0..1")
+        heads = heads.to(tokens.device) if isinstance(heads, torch.Tensor) else heads
         budgets = heads if isinstance(heads, (list, tuple)) else [heads] * n
         if len(budgets) != n:
             raise ValueError(f"{len(budgets)} budgets given for {n} new tokens")
@@ -613,8 +614,10 @@ class GPT(nn.Module):
         def choose(logits):
             return sample(logits, temperature, top_k, top_p, generator)
 
-        context = self.config.context
-        cache = self.new_cache(len(tokens), min(tokens.shape[1] + n, context))
+        context, capacity = self.config.context, tokens.shape[1] + n
+        if tokens.is_cuda:
+            capacity = max(1024, 1 << (capacity - 1).bit_length())              # few sizes, so that Step compiles few graphs
+        cache = self.new_cache(len(tokens), min(capacity, context))
         step = Step(self, cache, choose, generator) if tokens.is_cuda else None
         new = tokens = tokens[:, -context:]
         for m in budgets:
@@ -637,8 +640,8 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     """logits [B, vocab_size] -> tokens [B, 1]. Arguments as in GPT.stream."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
-    p = logits[:, :top_k].softmax(-1)
+    logits, order = logits.float().sort(descending=True, stable=True)
+    p = ((logits - logits[:, :1]) / max(temperature, 1e-30))[:, :top_k].softmax(-1)
     p = p * (p.cumsum(-1) - p < top_p)                                          # the fewest that together reach top_p
     race = p / torch.empty_like(p).exponential_(generator=generator)            # its winner is a sample of p: no host needed
     return order.gather(-1, race.argmax(-1, keepdim=True))
@@ -675,11 +678,12 @@ class Step:
 
             with torch._dynamo.config.patch(recompile_limit=64):                # budgets, lengths and batches
                 logits()                                                        # compiles; then record, which runs nothing
-            graph = torch.cuda.CUDAGraph()
-            if self.generator:
-                graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
-                new = self.choose(logits())
+            with torch.cuda.device(token.device):
+                graph = torch.cuda.CUDAGraph()
+                if self.generator:
+                    graph.register_generator_state(self.generator)
+                with torch.cuda.graph(graph):
+                    new = self.choose(logits())
             self.graphs[m, S] = graph, new
         graph, new = self.graphs[m, S]
         graph.replay()

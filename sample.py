@@ -21,10 +21,12 @@ def settings(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default=Path("out/checkpoint.pt"), type=Path, help="written by train.py")
-    add("--heads", default="", help="head budget, 1 to all, or a schedule of budget:tokens, * for the rest; by default all heads")
-    add("--compare", action="store_true", help="once at each budget the model was trained for")
-    add("--prompt", default="import ", help="text to continue")
-    add("--prompt-file", help="file with the text to continue; - for standard input")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--heads", default="", help="head budget, 1 to all, or a schedule of budget:tokens, * for the rest; by default all heads")
+    one.add_argument("--compare", action="store_true", help="once at each budget the model was trained for")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--prompt", default="import ", help="text to continue")
+    one.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
     add("--tokens", default=400, type=int, help="how many new tokens")
     add("--samples", default=1, type=int, help="how many texts, in one batch")
     add("--temperature", default=0.8, type=float, help="0 always takes the most likely token")
@@ -47,14 +49,16 @@ def schedule(text, n):
     try:
         if len(parts) == 1 and len(parts[0]) == 1:
             return int(text) if text else None
-        budgets = []
-        for m, count in parts:
-            budgets += [int(m)] * (n - len(budgets) if count == "*" else int(count))
+        budgets, counts = zip(*parts)
+        budgets, counts, last = [int(m) for m in budgets], [int(count) for count in counts[:-1]], counts[-1]
+        counts.append(max(1, n - sum(counts)) if last == "*" else int(last))
+        if min(counts) < 1:
+            raise ValueError
     except ValueError:
         raise ValueError(f"--heads {text} is neither a number of heads nor a schedule like 12:64,4:*") from None
-    if len(budgets) < n:
-        raise ValueError(f"--heads {text} says what to do for {len(budgets)} tokens, but there are {n}; end it with :*")
-    return budgets[:n]
+    if sum(counts) != n:
+        raise ValueError(f"--heads {text} says what to do for {sum(counts)} tokens, but there are {n}; end it with :*")
+    return [m for m, count in zip(budgets, counts) for _ in range(count)]
 
 
 def read_prompt(args):

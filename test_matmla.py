@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import linecache
 import math
 import os
 import re
@@ -554,6 +555,10 @@ def test_temperature_0_and_top_k_1_and_a_tiny_top_p_are_greedy():
     greedy = sample(logits, 0, None, 1.0)
     assert torch.equal(greedy[:, 0], torch.from_numpy(logits.numpy().argmax(-1)))                  # the first of them
     assert torch.equal(sample(logits, 1.0, 1, 1.0), greedy) and torch.equal(sample(logits, 0.7, None, 1e-6), greedy)
+    top = logits.topk(5).values[:, -1:]                                                            # of 5, at any temperature
+    for temperature in (1e-300, 1e-30, 1e39, math.inf):
+        assert (logits.gather(1, sample(logits, temperature, 5, 1.0)) >= top).all()
+    assert torch.equal(logits.gather(1, sample(logits, 1e-300, None, 1.0)), logits.gather(1, greedy))
 
 
 def test_sampling_follows_the_distribution_that_top_k_and_top_p_leave():
@@ -629,17 +634,27 @@ def blank(text, numbers):
 def graft(text, answers, names):
     """The text, with functions `names` as `answers` has them, and with what `answers` defines or imports besides."""
     lines, nodes, theirs, source = text.splitlines(), definitions(text), definitions(answers), answers.splitlines()
-    for name in sorted(names, key=lambda name: -nodes[name].lineno):
+
+    def lines_of(node):
+        return source[min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1 : node.end_lineno]
+
+    for name in names:
         assert name in theirs, f"{name} is gone from the answers"
-        lines[nodes[name].lineno - 1 : nodes[name].end_lineno] = source[theirs[name].lineno - 1 : theirs[name].end_lineno]
-    for node in ast.parse(answers).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "GPT") not in nodes:
-            lines += source[node.lineno - 1 : node.end_lineno]
+    methods = {name: node for name, node in theirs.items() if "." in name and name not in nodes and name.split(".")[0] in nodes}
+    edits = [(nodes[name].lineno - 1, nodes[name].end_lineno, lines_of(theirs[name])) for name in names]
+    edits += [(end := nodes[name.split(".")[0]].end_lineno, end, ["", *lines_of(node)]) for name, node in methods.items()]
+    for first, last, new in sorted(edits, key=lambda edit: -edit[0]):
+        lines[first:last] = new
+    known = {ast.dump(node) for node in ast.parse(text).body}
+    for node in ast.parse(answers).body:                                                           # constants, imports, helpers
+        if ast.dump(node) not in known and getattr(node, "name", "") not in nodes and getattr(node, "module", "") != "__future__":
+            lines += lines_of(node)
     return "\n".join(lines) + "\n"
 
 
 def load_text(text):
     module = types.ModuleType("lab")
+    linecache.cache["lab.py"] = len(text), None, text.splitlines(keepends=True), "lab.py"         # for tracebacks
     exec(compile(text, "lab.py", "exec"), module.__dict__)
     return module
 
@@ -649,8 +664,10 @@ def grade(number, answers):
     _, names, _, check = EXERCISES[number]
     try:
         check(load_text(graft(REFERENCE, answers, names)))
-    except NotImplementedError as blank:
-        pytest.skip(str(blank))
+    except NotImplementedError as missing:
+        if not str(missing).startswith("exercise "):
+            raise                                                                                  # torch raises them too
+        pytest.skip(str(missing))
 
 
 def same(found, expected, what):
@@ -681,6 +698,8 @@ def _(lab):
         positions = torch.arange(start, start + 4)
         same(lab.rope(x, positions, 100.0), expected, f"RoPE from position {start}")
         same(lab.rope(x[:, :, 0], positions, 100.0), expected[:, :, 0], f"RoPE of one key for all heads, from position {start}")
+        two = torch.cat((x, x), -1)
+        same(lab.rope(two, positions, 100.0, 8), torch.cat((expected, expected), -1), "RoPE whose frequencies start anew after 8")
 
 
 @exercise("softmax attention", "attend", "o = softmax(qᵀk · scale) v over the keys up to each query's own position; return [B,T,n,w_v]")
@@ -692,6 +711,8 @@ def _(lab):
             s = T - queries + t + 1                                                                # so many keys are seen
             o[b, t, n] = (k[b, :s, n // 2] @ q[b, T - queries + t, n] * 0.3).softmax(0) @ v[b, :s, n // 2]
         same(lab.attend(q[:, T - queries :], k, v, torch.arange(T - queries, T), 0.3), o, f"the last {queries} of {T} queries")
+        more = torch.cat((k, k), 1), torch.cat((v, v), 1)
+        same(lab.attend(q[:, T - queries :], *more, torch.arange(T - queries, T), 0.3), o, "with keys after all of the queries")
 
 
 @exercise("multi-head attention", "MHA.write MHA.read", "(1)-(8): what a token leaves, and how a query uses it")
@@ -704,16 +725,21 @@ def _(lab):
 
 @exercise("the cache", "Cache.append", "store new rows, count them, return all rows so far; a ValueError if they do not fit")
 def _(lab):
-    cache, rows = lab.Cache(torch.zeros(B, 5, 7), 6), torch.randn(B, 6, 7)
+    memory, rows = torch.zeros(B, 5, 7), torch.randn(B, 6, 7)
+    cache = lab.Cache(memory, 6)
     for first, last in ((0, 2), (2, 3), (3, 5)):
         so_far = cache.append(rows[:, first:last])
         assert cache.length == last, f"after {last} rows the cache says it has {cache.length}"
         assert so_far.shape == (B, last, 7), f"after {last} rows it returns {list(so_far.shape)}"
         assert torch.equal(so_far, rows[:, :last]), "it returns other rows than it was given"
+        assert cache.rows is memory and so_far.data_ptr() == memory.data_ptr(), "the rows must lie in the memory there is, not in new memory"
     for new in (rows[:, 5:], torch.zeros(B + 1, 0, 7)):
         with pytest.raises(ValueError):
             cache.append(new)
     assert cache.length == 5 and torch.equal(cache.rows, rows[:, :5]), "what was refused has changed the cache"
+    graph = lab.Cache(memory, 6, position=torch.tensor([3]))
+    assert graph.append(rows[:, 5:]) is graph.rows, "with a position, all rows are returned"
+    assert torch.equal(memory, torch.cat((rows[:, :3], rows[:, 5:], rows[:, 4:5]), 1)), "with a position, the row goes there"
 
 
 @exercise("nested heads", "NestedMHA.write NestedMHA.read", "the first m heads alone; slice the weights, so that compute shrinks")
@@ -722,6 +748,7 @@ def _(lab):
     model, x = make("nested_mha", lab=lab), torch.randn(B, T, 40, dtype=torch.float64)
     assert model.blocks[0].attention.write(x, torch.arange(T), 4).shape == (B, T, 2 * 4 * 10), "at 4 heads a token should leave 80 numbers"
     shrinks(model, [6, 4, 1])
+    budgets_and_biases(lab, "nested_mha")
     tokens, ragged = some_tokens(), model.new_cache(B, T, heads=4)
     model(tokens[:, :9], heads=4, cache=ragged)
     with pytest.raises(ValueError):
@@ -735,8 +762,19 @@ def flops(model, tokens, m, cache=None):
 
 
 def shrinks(model, budgets):
-    costs = [flops(model, some_tokens(), m) for m in budgets]
-    assert costs == sorted(costs, reverse=True) and len(set(costs)) == len(costs), f"{budgets} heads cost {costs} operations"
+    for m in budgets:
+        cost, enough = (flops(x, some_tokens(), m) for x in (model, make(model.config.attention)))
+        assert cost <= enough, f"{m} heads cost {cost} operations, {enough} are enough: what is not used need not be computed"
+
+
+def budgets_and_biases(lab, attention):
+    """A budget for each sequence of a batch, and with the biases that some pretrained models have."""
+    for bias in (False, True):
+        model, tokens = make(attention, lab=lab, qkv_bias=bias), some_tokens()
+        mixed, reference = model(tokens, heads=torch.tensor([6, 2]))[0], make(attention, qkv_bias=bias)
+        for i, m in enumerate((6, 2)):
+            what = f"a sequence at {m} heads beside one at another budget{', with biases' * bias}"
+            same(mixed[i : i + 1], reference(tokens[i : i + 1], heads=m)[0], what)
 
 
 @exercise("grouped queries", "GQA.write GQA.read", "n_kv keys and values; neighbouring heads share one")
@@ -782,6 +820,7 @@ def _(lab):
     for short in (0, math.inf):
         equal_to_oracle(lab, "matmla", [6, 4, 1], short)
     shrinks(make("matmla", lab=lab), [6, 4, 1])
+    budgets_and_biases(lab, "matmla")
     model, tokens = make("matmla", lab=lab), some_tokens(1)
     changing, _ = chunked(model, tokens, [5, 4, 4], [6, 2, 6])
     same(changing[0], oracle(model, tokens[0], [6] * 5 + [2] * 4 + [6] * 4), "6, then 2, then 6 heads on one cache")
@@ -791,7 +830,9 @@ def _(lab):
 def _(lab):
     o = torch.randn(3, T, 6, 10)
     assert torch.equal(lab.mask_heads(o, 6), o), "with one budget for all, nothing is left to mask"
+    before = o.clone()
     masked = lab.mask_heads(o, torch.tensor([6, 1, 4]))
+    assert torch.equal(o, before), "o itself has changed, but training needs it as it was"
     for i, m in enumerate((6, 1, 4)):
         assert torch.equal(masked[i, :, :m], o[i, :, :m]), f"a head within the budget of {m} has changed"
         assert not masked[i, :, m:].any(), f"a head beyond the budget of {m} is left"
@@ -811,7 +852,7 @@ def _(lab):
         limit = lab.absorb_below(d_c, d_h)
         cheaper = [T for T in range(1, 400) if T * 2 * d_c < 2 * d_c * d_h + T * 2 * d_h]
         assert [T for T in range(1, 400) if T < limit] == cheaper, f"d_c = {d_c}, d_h = {d_h}: absorbed is cheaper up to T = {cheaper[-1]}, not {limit}"
-    assert lab.absorb_below(8, 10) > 1e9, "with a latent no wider than a head, absorbed is always cheaper"
+    assert min(lab.absorb_below(8, 10), lab.absorb_below(10, 10)) > 1e9, "with a latent no wider than a head, absorbed is always cheaper"
 
 
 @exercise("GQA as MLA", "gqa_as_mla", "k_R holds all keys, c_KV all values; every head finds its own; the softmax scale stays as it was")
@@ -827,7 +868,7 @@ def _(lab):
 
 @pytest.mark.parametrize("number", EXERCISES, ids=[f"{n}-{title.replace(' ', '-')}" for n, (title, *_) in EXERCISES.items()])
 def test_exercise(number):
-    grade(number, Path(f"{LAB}.py").read_text("utf-8") if LAB != "matmla" else REFERENCE)
+    grade(number, Path(f"{LAB}.py").read_text("utf-8-sig") if LAB != "matmla" else REFERENCE)
 
 
 def test_blanked_copy_is_skipped_and_each_body_put_back_passes():
@@ -843,7 +884,17 @@ def test_an_answer_by_another_road_and_with_a_helper_of_its_own_passes():
     other = other.replace("k, v = memory.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1) ",
                           "k, v = (t.unflatten(-1, (-1, self.d_h)) for t in memory.chunk(2, -1)) ")
     assert other.count("flat(k, v)") == 3
-    grade(3, other + "\n\ndef flat(*parts):\n    return [part.flatten(2) for part in parts]\n")
+    other = "from __future__ import annotations\n" + other + """
+WIDTH = 2
+
+@functools.lru_cache
+def width():
+    return WIDTH
+
+flat = lambda *parts: [part.flatten(width()) for part in parts]
+"""
+    other = other.replace("class MHA(Attention):", "class MHA(Attention):\n    def both(self, *parts):\n        return torch.cat(flat(*parts), -1)\n")
+    grade(3, other.replace("torch.cat(flat(k, v), -1)", "self.both(k, v)", 1))
 
 
 # ---------------------------------------------------------------- tests of the tests: break matmla.py, see a named test fail
@@ -1112,6 +1163,8 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
     monkeypatch.setenv("TQDM_DISABLE", "1")
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "empty").mkdir()
+    other = torch.load(trained[0] / "out/checkpoint.pt", weights_only=True)
+    torch.save(other | {"model": {"embed.weight": torch.zeros(3, 3)}}, tmp_path / "other.pt")
     for name, tokens in (("short", [7] * 9), ("foreign", [60000] * 999)):
         (tmp_path / name).mkdir()
         np.array(tokens, np.uint16).tofile(tmp_path / name / "train.bin")
@@ -1136,7 +1189,14 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "12:5,4:9"): ("14", "400", ":*"),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "all"): ("all", "12:64,4:*"),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--prompt-file", "nothing.txt"): ("nothing.txt",),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:-3,2:*"): ("4:-3,2:*",),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:*,2:3"): ("4:*,2:3",),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:900,2:*"): ("901", "400"),
+        ("sample.py", "--compare", "--heads", "4"): ("--heads", "--compare"),
+        ("sample.py", "--checkpoint", "other.pt"): ("other.pt", "fit"),
         ("sample.py", "--top-p", "0"): ("--top-p", "0"),
+        ("train.py", "--init", trained[0] / "out/checkpoint.pt", "--out", trained[0] / "out"): ("--init", "another --out"),
+        ("bench_cache.py", "--out", "foreign.pt"): ("foreign.pt",),
         ("bench_cache.py", "--preset", "huge"): ("huge",),
         ("bench_cache.py", "--switch", "nothing"): ("nothing",),
     }.items():
@@ -1423,7 +1483,7 @@ def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_p
     assert "wrote checkpoint.pt" in run(trained[0], "train.py", "--resume", "--out", tmp_path)
     for flags, words in ((["--d", "48"], "another shape"), (["--init", str(tmp_path / "no.pt")], "no.pt")):
         with pytest.raises(SystemExit) as stop:
-            main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path)
+            main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path / "new")
         message = capsys.readouterr().err
         assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
     monkeypatch.setattr(train, "get_encoding", lambda name: type("Large", (), {"n_vocab": 151936}))

@@ -69,7 +69,12 @@ class Parser(argparse.ArgumentParser):
         """Call it. A ValueError or OSError is the user's mistake too: a file that is not there, a size that does not fit."""
         try:
             return function(*arguments)
-        except (ValueError, OSError) as error:
+        except BrokenPipeError:                                                 # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.exit(1)
+        except KeyboardInterrupt:
+            self.exit(130)
+        except (ValueError, OSError, OverflowError, MemoryError) as error:
             self.error(error)
 
 
@@ -125,8 +130,12 @@ def settings(argv=None):
         model.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=field.name, **kind)
     early, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[early.preset])
+    if early.init and (early.resume or early.init.resolve().parent == early.out.resolve()):
+        parser.error("--init starts a new run: not together with --resume, and not into its own folder; choose another --out")
     saved = parser.attempt(load_checkpoint, early.out / "checkpoint.pt") if early.resume else None
-    other = parser.attempt(load_checkpoint, early.init) if early.init and not saved else None
+    if saved and not saved["optimizers"]:
+        parser.error(f"{early.out / 'checkpoint.pt'} was not written by a training, there is nothing to resume; take it with --init")
+    other = parser.attempt(load_checkpoint, early.init) if early.init else None
     parser.set_defaults(**other["config"] if other else {})
     parser.set_defaults(**saved["settings"] if saved else {})
     args = parser.parse_args(argv)
@@ -218,7 +227,9 @@ def documents(args):
         raise ValueError(f"{path} has files of several kinds, {', '.join(sorted(kinds))}; take one")
     if args.data == "stdlib":
         yield from (p.read_text("utf-8", errors="replace") for p in stdlib_files())
-    elif path.exists() and files and files[0].suffix not in (".jsonl", ".parquet"):
+    elif not files:
+        raise ValueError(f"{path} has no .txt, .jsonl or .parquet files")
+    elif path.exists() and files[0].suffix not in (".jsonl", ".parquet"):
         for file in files:
             try:
                 yield file.read_text("utf-8")
@@ -468,9 +479,12 @@ def load_checkpoint(path, device="cpu"):
 def load(path, device):
     """(model, encoding) of a checkpoint of train.py. ValueError says what is wrong with it."""
     content = load_checkpoint(path, device)
-    model = GPT(Config(**content["config"])).to(device)
-    model.load_state_dict(content["model"])
-    return model.eval(), get_encoding(content["encoding"])
+    try:
+        model = GPT(make_config(content["config"])).to(device)
+        model.load_state_dict(content["model"])
+        return model.eval(), get_encoding(content["encoding"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not fit this version: {str(error).splitlines()[0]} ...") from None
 
 
 def read_log(path):
@@ -504,6 +518,10 @@ def draw_losses(out):
     figure.savefig(out / "loss.png", dpi=150)
 
 
+def perplexity(loss):
+    return math.exp(min(loss, 700))                                             # beyond, a float overflows
+
+
 def report(runs, out):
     """Print a Markdown table of finished runs; draw the perplexity of several against cache size in out/report.png."""
     from matplotlib.figure import Figure
@@ -516,13 +534,17 @@ def report(runs, out):
             raise ValueError(f"{run} has no finished run")
     print("| run | variant | heads | parameters | tokens | training FLOPs | cache, bytes per token | held-out loss | perplexity |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for run, final in finals.items():
+    for i, (run, final) in enumerate(finals.items()):
         for m, loss in final["val_loss"].items():
             print(f"| {run.name} | {final['variant']} | {m} | {final['parameters']:,} | {final['tokens']:,} | {final['flops']:.3g} "
-                  f"| {final['cache_bytes']:,} | {loss:.4f} | {math.exp(loss):.3f} |")
-            axes.plot(final["cache_bytes"], math.exp(loss), "o")
-            axes.annotate(f" {run.name}, {m} heads", (final["cache_bytes"], math.exp(loss)), fontsize=7)
+                  f"| {final['cache_bytes']:,} | {loss:.4f} | {perplexity(loss):.3f} |")
+            axes.plot(final["cache_bytes"], perplexity(loss), marker="o^svDPX*"[i % 8], color=f"C{i}", markersize=4 + 0.5 * int(m))
+        axes.plot([], [], marker="o^svDPX*"[i % 8], color=f"C{i}", linestyle="", label=run.name)
     axes.set(xlabel="cache, bytes per token (bfloat16)", ylabel="held-out perplexity", xscale="log")
+    sizes = sorted({final["cache_bytes"] for final in finals.values()})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.legend(title="larger: more heads", loc="center left", bbox_to_anchor=(1, 0.5))
     if len(runs) > 1:
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "report.png", dpi=150)
@@ -536,7 +558,9 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device                               # fails here, not in the middle
+        one = torch.ones(1, device=name)
+        one.item()                                                              # fails here, not in the middle
+        return one.device
     except (RuntimeError, AssertionError):
         raise ValueError(f"no device {name!r} on this machine") from None
 
@@ -578,6 +602,8 @@ def train(args, config):
             model.load_state_dict(args.init["model"])
         except RuntimeError:
             raise ValueError(f"the checkpoint of --init is of another shape, {args.init['config']}") from None
+        if config.tie and not args.init["config"]["tie"]:
+            raise ValueError("the checkpoint of --init has separate input and output embeddings, --tie would lose one of them")
     if args.resume:
         model.load_state_dict(args.resume["model"])
         for o, state in zip(optimizer, args.resume["optimizers"]):
@@ -669,12 +695,14 @@ def finish(model, args, log, final):
     print(f"trained in {final['seconds'] / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
     draw_losses(args.out)
     report([args.out], args.out)
+    if args.encoding is None:
+        return                                                                  # tokens without a text to show
     encoding, prompt = get_encoding(args.encoding), "def read(self, " if args.data == "stdlib" else "The "
     prompt = torch.tensor([encoding.encode(prompt)], device=model.embed.weight.device)
     for m in final["val_loss"]:
         text = model.eval().generate(prompt, 200, m, temperature=0.8, top_k=40)
         text = b"".join(token_bytes(encoding, token) for token in text[0].tolist()).decode(errors="replace")
-        print(f"\n--- a sample at {m} heads ---\n{text}")
+        print(f"\n--- a sample at {m} heads ---\n{text}".encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
 
 
 def main():

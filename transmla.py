@@ -74,9 +74,9 @@ def obstacles(c):
 def read_pretrained(name):
     """(transformers' model in float32, its tokenizer as `encoding` of a checkpoint). ValueError if it cannot be ours."""
     path, AutoModel = Path(name), transformers.AutoModelForCausalLM
-    where = {"pretrained_model_name_or_path": name}
+    where = {"pretrained_model_name_or_path": name, "trust_remote_code": False}    # its weights, not its code
     if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -85,6 +85,8 @@ def read_pretrained(name):
         if not found:
             model, info = AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
             found = [f"a model without {missing}" for missing in sorted(info["missing_keys"])[:1]]
+            extra = (key for key in sorted(info["unexpected_keys"]) if not key.endswith("rotary_emb.inv_freq"))
+            found += [f"a model with a weight {key} beside its config" for key in extra][:1]
     except Exception as error:                                                  # whatever is wrong with the files of others
         raise ValueError(f"cannot read {name} ({type(error).__name__}: {str(error).strip()[:300]})") from None
     if found:
@@ -94,7 +96,8 @@ def read_pretrained(name):
 
 def read_tokenizer(path, where, c):
     """What get_encoding takes for the model's own tokenizer; None if it came without one."""
-    eos = c.eos_token_id[0] if isinstance(c.eos_token_id, list) else c.eos_token_id
+    eos = c.eos_token_id or 0
+    eos = eos if isinstance(eos, int) else eos[0]
     if (path / "pieces.json").exists():
         return {"json": from_pieces(path / "pieces.json", c.bos_token_id), "eot_token": eos}
     try:
