@@ -143,7 +143,14 @@ def settings(argv=None):
     args.encoding = (saved or other or {"encoding": "bytes" if args.data == "stdlib" else "gpt2"})["encoding"]
     config = parser.attempt(make_config, vars(args))
     with torch.device("meta"):
-        parser.attempt(GPT, config)                                             # sizes that do not fit are refused here
+        model = parser.attempt(GPT, config)                                     # sizes that do not fit are refused here
+    both = other and (other["model"], model.state_dict())
+    for name in sorted(both[0].keys() | both[1].keys()) if other else ():
+        theirs, ours = (list(weights[name].shape) if name in weights else "missing" for weights in both)
+        if theirs != ours:
+            parser.error(f"{early.init} is of another shape: its {name} is {theirs}, here it is {ours}")
+    if other and config.tie and not other["config"]["tie"]:
+        parser.error(f"{early.init} has separate input and output embeddings, --tie would lose one of them")
     if not ATTENTION[config.attention].nested:
         config.budgets = (config.n_h,)
     elif not 1 <= min(config.budgets) <= max(config.budgets) <= config.n_h:
@@ -598,12 +605,7 @@ def train(args, config):
     model = GPT(config).to(device)
     optimizer = optimizers(model, args)
     if args.init:
-        try:
-            model.load_state_dict(args.init["model"])
-        except RuntimeError:
-            raise ValueError(f"the checkpoint of --init is of another shape, {args.init['config']}") from None
-        if config.tie and not args.init["config"]["tie"]:
-            raise ValueError("the checkpoint of --init has separate input and output embeddings, --tie would lose one of them")
+        model.load_state_dict(args.init["model"])
     if args.resume:
         model.load_state_dict(args.resume["model"])
         for o, state in zip(optimizer, args.resume["optimizers"]):
