@@ -19,6 +19,7 @@ in the zeros of W_QR and W_UV, training finds what GQA cannot say.
 """
 
 import json
+import logging
 import math
 import re
 from argparse import Namespace
@@ -79,6 +80,7 @@ def read_pretrained(name):
         where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)                # our own line says it
     try:
         c = transformers.AutoConfig.from_pretrained(**where)
         model, found = None, obstacles(c)
