@@ -125,12 +125,18 @@ def attend_all(q, k, v, positions, scale):
     return o.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
 
 
+def random_model(config, device):
+    """A model with random weights, in the dtype it would run in there."""
+    with torch.device(device):
+        model = GPT(config)
+    return model.bfloat16() if device.type == "cuda" else model
+
+
 @torch.no_grad()
 def decode(config, reader, m, batch, length, device):
     """Seconds of one decoding step that finds `length` - 1 tokens in the cache, of a model with random weights."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model = GPT(dataclasses.replace(config, context=length)).bfloat16() if device.type == "cuda" else GPT(config)
+    model = random_model(config, device)
     if reader == "naive":
         for block in model.blocks:
             block.attention.short = 0
@@ -173,8 +179,7 @@ def attention_read(config, batch, length, device):
 @torch.no_grad()
 def prefill(config, m, batch, length, device):
     """Seconds to read a prompt."""
-    with torch.device(device):
-        model = GPT(dataclasses.replace(config, context=length)).bfloat16() if device.type == "cuda" else GPT(config)
+    model = random_model(config, device)
     cache, prompt = model.new_cache(batch, length), torch.zeros(batch, length, dtype=torch.long, device=device)
 
     def once():
@@ -196,27 +201,28 @@ def speeds(config, shapes, device):
                 read = formula(c, c.n_h if reader == "full" else m) * c.n_layer * 2 * batch * length
                 row = dict(batch=batch, length=length, variant=name, reader=reader, heads=m, step=step,
                            tokens_per_second=batch / step, cache_bytes=read, bandwidth=read / step, copy_bandwidth=copied)
-                row["to_mha"] = step / next((r["step"] for r in rows if (r["batch"], r["length"]) == (batch, length)), step)
-                if batch * length <= 2**16 and reader in ("", "absorbed", "full"):
+                if name == "mha":                                               # the first of every shape
+                    mha = row
+                row["to_mha"] = step / mha["step"]
+                if batch * length <= 2**16 and reader != "naive":
                     row["prefill"] = prefill(c, m, batch, length, device)
                 if device.type == "cuda" and m == c.n_h and name in ("mha", "gqa", "matmla") and reader != "naive":
                     row["attention_read"] = attention_read(c, batch, length, device)
                 rows.append(row)
                 torch.compiler.reset()
-                print_speed(row, rows, device)
+                print_speed(row, mha, len(rows) == 1, device)
     return rows
 
 
-def print_speed(r, rows, device):
-    """One line of the table, as soon as it is known."""
+def print_speed(r, mha, first, device):
+    """One line of the table, as soon as it is known; the head of the table before the first."""
     gpu = device.type == "cuda"
-    if len(rows) == 1:
+    if first:
         print(f"\nDecoding one token of every sequence; GB/s: the cache over the time of the step, beside a copy's "
               f"{r['copy_bandwidth'] / 1e9:,.0f}" if gpu else "\nDecoding one token of every sequence, times relative to MHA's")
         print("| batch | cached | variant | heads | " + ("step, µs | tokens/s | GB/s | of copy | attention read, µs | prefill, ms | " if gpu else "")
               + "step / MHA's" + ("" if gpu else " | prefill / MHA's") + " |")
         print("|---" * (11 if gpu else 6) + "|")
-    mha = next(x for x in rows if (x["batch"], x["length"]) == (r["batch"], r["length"]))
     fill = r.get("prefill")
     cells = [r["batch"], f"{r['length']:,}", f"{r['variant']} {r['reader']}".strip(), r["heads"]]
     if gpu:

@@ -616,7 +616,7 @@ class GPT(nn.Module):
 
         context, capacity = self.config.context, tokens.shape[1] + n
         if tokens.is_cuda:
-            capacity = max(1024, 1 << (capacity - 1).bit_length())              # few sizes, so that Step compiles few graphs
+            capacity = graph_rows(capacity)
         cache = self.new_cache(len(tokens), min(capacity, context))
         step = Step(self, cache, choose, generator) if tokens.is_cuda else None
         new = tokens = tokens[:, -context:]
@@ -647,6 +647,11 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     return order.gather(-1, race.argmax(-1, keepdim=True))
 
 
+def graph_rows(tokens):
+    """How many rows a graph reads for so many tokens: a power of two, so that few sizes are compiled."""
+    return max(1024, 1 << (tokens - 1).bit_length())
+
+
 @functools.cache
 def compiled_block():
     """Block.forward, compiled once for all layers; as it is where there is no compiler."""
@@ -667,7 +672,7 @@ class Step:
 
     def __call__(self, token, m):
         """The token after token [B, 1], [B, 1], which the next call overwrites. m: the budget, as `heads` in GPT.forward."""
-        S = min(self.cache.rows.shape[2], max(1024, 1 << self.cache.length.bit_length()))
+        S = min(self.cache.rows.shape[2], graph_rows(self.cache.length + 1))
         self.token.copy_(token)
         self.position.fill_(self.cache.length)
         if (m, S) not in self.graphs:
