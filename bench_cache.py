@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import matmla
-from matmla import ATTENTION, GPT, Config, Step
+from matmla import ATTENTION, GPT, Config, Step, attend_one
 from train import PRESETS, Parser, load, load_checkpoint, make_config, pick_device, perplexity, prepare, read_tokens, windows
 
 PUBLISHED = {    # sizes from the models' own config files; DeepSeek-V3's hardware paper (arXiv:2505.09343) compares them
@@ -118,8 +118,10 @@ def copy_bandwidth(device):
 
 def attend_all(q, k, v, positions, scale):
     """`attend_one` for keys that are all seen, folding shared heads into the queries: SDPA is then free to take its fastest
-    kernel. With several key heads that is faster than what a growing cache can use, so they are measured by their best."""
+    kernel. With several key heads that is mostly faster than what a growing cache can use: they are measured by their best."""
     group = q.shape[2] // k.shape[2]
+    if len(q) == 1 < group:                                                     # where SDPA is slow
+        return attend_one(q, k, v, positions, scale)
     q = q.transpose(1, 2).unflatten(1, (-1, group)).flatten(2, 3)
     o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return o.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
@@ -193,12 +195,12 @@ def speeds(config, shapes, device):
     """One dict per shape, variant, reader and budget. `step` is relative to MHA's on a CPU: absolute times are for GPUs."""
     copied, rows = copy_bandwidth(device), []
     for batch, length in shapes:
-        for name, reader, budgets in (("mha", "", None), ("gqa", "", None), ("nested_mha", "full", config.budgets),
+        for name, reader, budgets in (("mha", "", None), ("gqa", "", None), ("nested_mha", "full", config.budgets[-1:]),
                                       ("matmla", "naive", config.budgets[:1]), ("matmla", "absorbed", config.budgets)):
             c = dataclasses.replace(config, attention=name, context=length)
             for m in budgets or (c.n_h,):
                 step = decode(c, reader, m, batch, length, device)
-                read = formula(c, c.n_h if reader == "full" else m) * c.n_layer * 2 * batch * length
+                read = formula(c, m) * c.n_layer * 2 * batch * length
                 row = dict(batch=batch, length=length, variant=name, reader=reader, heads=m, step=step,
                            tokens_per_second=batch / step, cache_bytes=read, bandwidth=read / step, copy_bandwidth=copied)
                 if name == "mha":                                               # the first of every shape

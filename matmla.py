@@ -33,6 +33,7 @@ Every attention below has the same beats in the same order, so that `diff` of tw
   read_absorbed  (latents only) the same result, without ever making keys and values
 """
 
+import copy
 import functools
 import importlib.util
 import operator
@@ -130,12 +131,12 @@ def attend(q, k, v, positions, scale):
 def attend_one(q, k, v, positions, scale):
     """`attend` for one new token on a GPU, by the fastest call of torch whose number of keys is known to the device only."""
     B, S, n_kv, w = k.shape
-    if n_kv == 1 and (B < 32 or w > 256 or w % 8):                              # few rows, or wider than flash can do
-        scores = (q[:, 0] * scale @ k[:, :, 0].mT).float()                      # [B,n,S]
+    if B == 1 or B < 32 and n_kv == 1 or w > 256 or w % 8:                      # too few for flash, or wider than it can do
+        scores = (q[:, 0].unflatten(1, (n_kv, -1)) * scale @ k.transpose(1, 2).mT).float()    # [B,n_kv,group,S]
         p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
-        return (p.to(v.dtype) @ v[:, :, 0])[:, None]
-    q, k, v_wide = (F.pad(t, (0, w - t.shape[-1] + -w % 8)) for t in (q, k, v)) # flash: S rows for every sequence,
-    ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)
+        return (p.to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)[:, None]
+    v_wide = F.pad(v, (0, w - v.shape[-1]))
+    ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)              # flash: S rows for every sequence,
     used = (positions + 1).int().expand(B).contiguous()                         # of which so many are in use
     flash = torch.ops.aten._flash_attention_forward                             # varlen_attn(seqused_k=...) from torch 2.12 on
     k, v_wide = k.flatten(0, 1), v_wide.flatten(0, 1)
@@ -148,9 +149,11 @@ def slice_width(heads, n_h):
     return heads if isinstance(heads, int) else n_h
 
 
-def first_rows(W, n):
-    """Weight and bias, if it has one, of the first n rows of a Linear."""
-    return W.weight[:n], None if W.bias is None else W.bias[:n]
+def first_rows(W, x, n):
+    """The first n numbers of W(x), without computing the others."""
+    if isinstance(W, Part):
+        return W(x)[..., :n]
+    return F.linear(x, W.weight[:n], None if W.bias is None else W.bias[:n])
 
 
 def mask_heads(o, heads):
@@ -306,8 +309,8 @@ class NestedMHA(Attention):
 
     def write(self, x, positions, heads):
         m = slice_width(heads, self.n_h)
-        k = F.linear(x, *first_rows(self.W_K, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (2) (5)
-        v = F.linear(x, *first_rows(self.W_V, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (3) (6)
+        k = first_rows(self.W_K, x, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (2) (5)
+        v = first_rows(self.W_V, x, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (3) (6)
         k = rope(k, positions, self.rope_base)
         return torch.cat((k, v), -1).flatten(2)                                 # [B,T,h·2·d_h]: head by head, k then v
 
@@ -316,7 +319,7 @@ class NestedMHA(Attention):
         k, v = memory.unflatten(-1, (-1, 2 * self.d_h))[:, :, :m].chunk(2, -1)  # [B,S,h,d_h] each
         if k.shape[2] < m:
             raise ValueError(f"{m} heads asked, but the tokens so far left keys and values for {k.shape[2]}")
-        q = F.linear(x, *first_rows(self.W_Q, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (1) (4)
+        q = first_rows(self.W_Q, x, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (1) (4)
         q = rope(q, positions, self.rope_base)
         o = mask_heads(attend(q, k, v, positions, self.d_h**-0.5), heads)       # (7)
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (8)
@@ -453,15 +456,15 @@ class MatMLA(Attention):
     def queries(self, x, positions, heads):
         m = slice_width(heads, self.n_h)
         c_Q = self.norm_Q(self.W_DQ(x))                                         # (37) [B,T,d_cq]
-        q_C = F.linear(c_Q, *first_rows(self.W_UQ, m * self.d_h)).unflatten(-1, (-1, self.d_h))  # (38)
-        q_R = F.linear(c_Q, *first_rows(self.W_QR, m * self.d_R)).unflatten(-1, (-1, self.d_R))  # (39)
+        q_C = first_rows(self.W_UQ, c_Q, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (38)
+        q_R = first_rows(self.W_QR, c_Q, m * self.d_R).unflatten(-1, (-1, self.d_R))  # (39)
         return q_C, rope(q_R, positions, self.rope_base, self.rope_width)
 
     def read(self, x, memory, positions, heads):
         m = slice_width(heads, self.n_h)
         c_KV, k_R = memory.split((self.d_c, self.d_R), -1)
-        k_C = F.linear(c_KV, self.W_UK.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (42)
-        v_C = F.linear(c_KV, self.W_UV.weight[: m * self.d_h]).unflatten(-1, (-1, self.d_h))  # (45)
+        k_C = first_rows(self.W_UK, c_KV, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (42)
+        v_C = first_rows(self.W_UV, c_KV, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (45)
         k_R = k_R.unsqueeze(2).expand(-1, -1, k_C.shape[2], -1)                 # one key for all heads
         k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,h,d_h+d_R]
         q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,h,d_h+d_R]
@@ -562,8 +565,8 @@ class GPT(nn.Module):
         loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten())
         return logits.detach(), loss                                            # else a compiled backward fills as many zeros
 
-    def hidden(self, tokens, heads=None, cache=None, block=Block.__call__):
-        """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary. block: how to run one."""
+    def hidden(self, tokens, heads=None, cache=None, blocks=None):
+        """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary. blocks: to run instead."""
         c = self.config
         length = tokens.shape[1] + (cache.length if cache else 0)
         if length > c.context:
@@ -575,8 +578,8 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                   # the residual stream: half the traffic
-        for i, layer in enumerate(self.blocks):
-            x = block(layer, x, heads, cache and cache.layer(i))
+        for i, block in enumerate(blocks or self.blocks):
+            x = block(x, heads, cache and cache.layer(i))
         if cache:
             cache.length += tokens.shape[1]
         return self.norm(x)
@@ -658,6 +661,43 @@ def compiled_block():
     return torch.compile(Block.forward, dynamic=False, fullgraph=True) if importlib.util.find_spec("triton") else Block.forward
 
 
+class Part(nn.Module):
+    """In place of a Linear: its numbers, out of a product that was made before."""
+
+    def __init__(self, start, stop):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, x):
+        return x[..., self.start : self.stop]
+
+
+def join(block):
+    """A copy of a block to decode with: matrices that multiply the same vector are one, behind the norm that made it.
+
+    One token is so little work that the number of products counts, not their size.
+    """
+    block, attention, feed_forward = (copy.copy(module) for module in (block, block.attention, block.feed_forward))
+    for module in (block, attention, feed_forward):
+        module._modules = dict(module._modules)
+    block.attention, block.feed_forward = attention, feed_forward
+    for owner, norm, module, names in (
+        (block, "norm_attention", attention, ("W_Q", "W_K", "W_V")),
+        (block, "norm_attention", attention, ("W_DQ", "W_DKV", "W_KR")),
+        (attention, "norm_Q", attention, ("W_UQ", "W_QR")),
+        (block, "norm_feed_forward", feed_forward, ("W_gate", "W_up")),
+    ):
+        matrices = [getattr(module, name, None) for name in names]
+        if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
+            joined, stop = nn.Linear(1, 1, bias=False, device="meta"), 0
+            joined.weight = nn.Parameter(torch.cat([W.weight for W in matrices]))
+            setattr(owner, norm, nn.Sequential(getattr(owner, norm), joined))
+            for name, W in zip(names, matrices):
+                start, stop = stop, stop + W.out_features
+                setattr(module, name, Part(start, stop))
+    return block
+
+
 class Step:
     """One decoding step on a GPU as a CUDA graph: the host starts it with one call, and never waits.
 
@@ -668,6 +708,7 @@ class Step:
         self.model, self.cache, self.choose, self.generator = model, cache, choose, generator
         self.token = torch.zeros(cache.rows.shape[1], 1, dtype=torch.long, device=cache.rows.device)
         self.position = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
+        self.blocks = [functools.partial(compiled_block(), join(block)) for block in model.blocks]
         self.graphs = {}
 
     def __call__(self, token, m):
@@ -679,7 +720,7 @@ class Step:
             view = Cache(self.cache.rows[:, :, :S], self.cache.heads, position=self.position)
 
             def logits():
-                return self.model.unembed(self.model.hidden(self.token, m, view, compiled_block())[:, -1])
+                return self.model.unembed(self.model.hidden(self.token, m, view, self.blocks)[:, -1])
 
             with torch._dynamo.config.patch(recompile_limit=64):                # budgets, lengths and batches
                 logits()                                                        # compiles; then record, which runs nothing

@@ -504,22 +504,24 @@ def test_greedy_schedule_equals_oracle_over_200_tokens(attention):
 @every_variant
 @torch.no_grad()
 def test_decoding_by_position_equals_decoding_by_length(attention):
-    """What a CUDA graph runs: a fixed number of rows of which the last are unused, and a position that only a tensor knows."""
+    """What a CUDA graph runs: joined matrices, a fixed number of rows of which the last are unused, a position only a tensor knows."""
     model, tokens = make(attention), some_tokens()
     cache, other = model.new_cache(B, 20), model.new_cache(B, 20)
     other.rows.fill_(7.0)                                                                          # nothing unused may be read
     for c in (cache, other):
         model(tokens[:, :9], cache=c)
+    blocks = [matmla.join(block) for block in model.blocks]
     position = torch.tensor([8])
     view = Cache(other.rows[:, :, :16], other.heads, position=position)
     for m, token in zip(budgets_of(attention) * 4, tokens[:, 9:].split(1, 1)):
         position += 1
-        assert error(model.unembed(model.hidden(token, m, view)), model(token, heads=m, cache=cache)[0]) < TIGHT
+        assert error(model.unembed(model.hidden(token, m, view, blocks)), model(token, heads=m, cache=cache)[0]) < TIGHT
     assert error(other.rows[:, :, :T], cache.rows[:, :, :T]) < TIGHT
 
 
-def test_attend_one_by_matmuls_equals_attend():
-    q, rows, position = torch.randn(B, 1, 6, 12), torch.randn(B, 20, 1, 12), torch.tensor([13])
+@pytest.mark.parametrize("n_kv", [1, 2, 6])
+def test_attend_one_by_matmuls_equals_attend(n_kv):
+    q, rows, position = torch.randn(B, 1, 6, 12), torch.randn(B, 20, n_kv, 12), torch.tensor([13])
     expected = attend(q, rows[:, :14], rows[:, :14], position, 0.3)
     assert error(matmla.attend_one(q, rows, rows, position, 0.3), expected) < LOOSE
 
@@ -908,7 +910,7 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("keys are cached before RoPE", 3, "logits_equal_oracle_at_every_budget", ("mha", torch.float64, TIGHT), "k = rope(k, positions, self.rope_base)", "k = k * 1"),
     ("RoPE starts at 0 with every chunk", None, "decoding_continues_rope_positions", ("gqa",), "return torch.arange(self.length, self.length + T,", "return torch.arange(0, T,"),
     ("the cache does not count", 4, "any_chunking_equals_uncached", ("mla", 0, [7, 1, 5]), "self.length += new.shape[1]\n        return", "return"),
-    ("a full cache is written with m heads only", None, "nested_mha_full_cache_computes_and_stores_all_heads_at_any_budget", (), "slice_width(heads, self.n_h)\n        k = F.linear(x", "2\n        k = F.linear(x"),
+    ("a full cache is written with m heads only", None, "nested_mha_full_cache_computes_and_stores_all_heads_at_any_budget", (), "slice_width(heads, self.n_h)\n        k = first_rows(self.W_K", "2\n        k = first_rows(self.W_K"),
     ("nested MHA reads the first head twice", 5, "budget_m_is_a_separate_model_of_the_first_m_heads", ("nested_mha",), "[:, :, :m].chunk(2, -1)", "[:, :, [*range(m - 1), 0]].chunk(2, -1)"),
     ("GQA's heads take keys in turn", 6, "logits_equal_oracle_at_every_budget", ("gqa", torch.float64, TIGHT), "o = attend(q, k, v, positions, self.d_h**-0.5)                          # head h", "o = attend(q.unflatten(2, (-1, self.n_kv)).transpose(2, 3).flatten(2, 3), k, v, positions, self.d_h**-0.5)  # head h"),
     ("the latent is cached before its norm", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("mla",), "c_KV = self.norm_KV(self.W_DKV(x)) ", "c_KV = self.W_DKV(x) "),
@@ -925,6 +927,7 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("the softmax scale of GQA is lost", 14, None, (), " * ((d_h + mla.d_R) / d_h) ** 0.5", ""),
     ("every head finds the values of the first group", 14, None, (), "torch.kron(own, torch.eye", "torch.kron(own * 0 + own[0], torch.eye"),
     ("a row that is not in use is read", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
+    ("a joined product is cut elsewhere", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "x[..., self.start : self.stop]", "x[..., : self.stop - self.start]"),
     ("a batch divided by budgets comes back in another order", None, "gradients_of_sliced_masked_and_divided_batches_agree", ("nested_mha",), "zip(x.split(len(x) // len(heads)), heads)]", "zip(x.split(len(x) // len(heads)), heads)][::-1]"),
     ("top-p cuts one token too many", None, "sampling_follows_the_distribution_that_top_k_and_top_p_leave", (), "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
 ]
@@ -1133,6 +1136,29 @@ def test_report_compares_runs(trained, baseline):
     assert printed.count("matmla, mixed") == 3 and printed.count("| mla | 8 |") == 1 and (trained[0] / "out/report.png").exists()
 
 
+def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_path):
+    from train import load
+
+    baseline = trained[0] / "baseline"
+    text = "def f(x):\n    return x\n" * 100
+    (tmp_path / "other.txt").write_text(text)
+    for seed in (0, 1):
+        shutil.copytree(baseline, tmp_path / f"mla.{seed}")
+    lines = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
+    loss = lines[-1]["final"]["val_loss"]["8"]
+    lines[-1]["final"] |= {"seed": 1, "val_loss": {"8": loss + 0.2}}
+    (tmp_path / "mla.1/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    printed = run(tmp_path, "train.py", "--report", "mla.0", "mla.1", "--text", "other.txt", "--out", ".")
+    row = printed.splitlines()[-1].split(" | ")
+    assert row[0] == "| mla" and row[-3] == f"{loss + 0.1:.4f} ± 0.1000" and row[-2] == f"{math.exp(loss + 0.1):.3f}"
+    model, encoding = load(baseline / "checkpoint.pt", "cpu")
+    tokens, context = torch.tensor(encoding.encode(text)), model.config.context
+    n = (len(tokens) - 1) // context
+    with torch.no_grad():
+        mean = model(tokens[: n * context].view(n, -1), tokens[1 : n * context + 1].view(n, -1))[1].item()
+    assert abs(float(row[-1].strip(" |")) / math.exp(mean) - 1) < 0.02                             # its windows are evenly spaced
+
+
 def test_sample_is_the_models_own_generation(trained):
     from train import load
 
@@ -1176,6 +1202,7 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("train.py", "--resume", "--out", "nothing"): ("nothing/checkpoint.pt",),
         ("train.py", "--resume", "--out", trained[0] / "out", "--d", "48"): ("shape",),
         ("train.py", "--report", "nothing"): ("nothing",),
+        ("train.py", "--report", trained[0] / "out", "--text", "nothing.txt"): ("nothing.txt",),
         ("train.py", "--data", "empty"): ("empty", "no .txt"),
         ("train.py", "--data", "short"): ("short", "9 tokens", "256"),
         ("train.py", "--data", "foreign"): ("foreign", "60000", "50304"),

@@ -8,7 +8,7 @@ Train a language model whose attention works at several head budgets.
     torchrun --nproc_per_node=2 train.py ...               the same on two GPUs
     python train.py --resume --out out/paper               go on after an interruption, as if there had been none
     python train.py --init out/paper/checkpoint.pt ...     a new run from the weights of another, such as transmla.py's
-    python train.py --report out/paper out/mla8            compare finished runs
+    python train.py --report out/paper out/mla8            compare finished runs; with --text FILE on another text too
 
 One pass per step trains all budgets: equal parts of the batch get one each. Results go to --out: checkpoint.pt,
 metrics.jsonl (one JSON object per line) and loss.png.
@@ -123,6 +123,7 @@ def settings(argv=None):
     add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, sizes and tokenizer, but at step 0, "
         "with fresh optimizers; take much lower learning rates")
     add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; report.png and report.json go to --out")
+    add("--text", help="with --report: also their perplexity on this text, a .txt, .jsonl or .parquet file")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
         kind = {"type": integers if isinstance(field.default, tuple) else type(field.default)}
@@ -229,6 +230,8 @@ def stdlib_files():
 def documents(args):
     """The texts of --data, one by one. ValueError or OSError if they cannot be had."""
     path = Path(args.data)
+    if path.suffix in (".txt", ".jsonl", ".parquet") and not path.exists():
+        raise FileNotFoundError(f"no file {path}")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")) if path.is_dir() else [path]
     if len(kinds := {p.suffix for p in files}) > 1:
         raise ValueError(f"{path} has files of several kinds, {', '.join(sorted(kinds))}; take one")
@@ -271,8 +274,6 @@ def prepare(args):
         return path
     if path.is_dir() and not any(p.suffix in (".txt", ".jsonl", ".parquet") for p in path.rglob("*")):
         raise ValueError(f"{path} has no .txt, .jsonl or .parquet files, and no train.bin")
-    if path.suffix in (".txt", ".jsonl", ".parquet") and not path.exists():
-        raise FileNotFoundError(f"no file {path}")
     files = (sorted(path.rglob("*")) or [path]) if path.exists() else []
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] or sys.version    # other text, other folder
     usual, held_out = ("bytes", 20) if args.data == "stdlib" else ("gpt2", 200)
@@ -442,6 +443,10 @@ def peak_flops(device):
     return next((peak for chip, peak in peaks.items() if chip in name), None)
 
 
+def mixed_precision(device):
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def evaluate(model, tokens, count, config, autocast):
     """Mean loss in nats per token at each budget, on `count` windows spaced evenly over the tokens."""
@@ -529,24 +534,55 @@ def perplexity(loss):
     return math.exp(min(loss, 700))                                             # beyond, a float overflows
 
 
-def report(runs, out):
-    """Print a Markdown table of finished runs; draw the perplexity of several against cache size in out/report.png."""
+def read_final(run):
+    """The summary of a finished run."""
+    final = next((x["final"] for x in reversed(read_log(run / "metrics.jsonl")) if "final" in x), None)
+    if final is None:
+        raise ValueError(f"{run} has no finished run")
+    return final
+
+
+def text_loss(run, text, device):
+    """Mean loss in nats per token of a finished run on all of another text, at each budget."""
+    model, encoding = load(run / "checkpoint.pt", device)
+    texts = documents(argparse.Namespace(data=str(text), data_config="", text_column="text"))
+    tokens = np.concatenate([encoding.encode_ordinary(one) + [encoding.eot_token] for one in texts])
+    count = (len(tokens) - 1) // model.config.context
+    if count == 0:
+        raise ValueError(f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed")
+    return evaluate(model, tokens, count, model.config, mixed_precision(device))
+
+
+def report(runs, out, text=None, device=None):
+    """Print a Markdown table of finished runs; draw the perplexity of several against cache size in out/report.png.
+
+    Runs named like mla.0 and mla.1 after their seeds share a row, with the mean of their losses.
+    """
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    finals = {}
+    finals, rows = {}, {}
     for run in runs:
-        finals[run] = next((x["final"] for x in reversed(read_log(run / "metrics.jsonl")) if "final" in x), None)
-        if finals[run] is None:
-            raise ValueError(f"{run} has no finished run")
-    print("| run | variant | heads | parameters | tokens | training FLOPs | cache, bytes per token | held-out loss | perplexity |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for i, (run, final) in enumerate(finals.items()):
-        for m, loss in final["val_loss"].items():
-            print(f"| {run.name} | {final['variant']} | {m} | {final['parameters']:,} | {final['tokens']:,} | {final['flops']:.3g} "
-                  f"| {final['cache_bytes']:,} | {loss:.4f} | {perplexity(loss):.3f} |")
+        final = finals[run.name] = read_final(run)
+        if text:
+            final["text"], final["text_loss"] = str(text), text_loss(run, text, device)
+        rows.setdefault(run.stem if run.suffix == f".{final['seed']}" else run.name, []).append(final)
+    heads = ["run", "variant", "heads", "parameters", "tokens", "training FLOPs", "seconds", "cache, bytes per token",
+             "held-out loss", "perplexity"] + ([f"perplexity of {Path(text).name}"] if text else [])
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for i, (name, seeds) in enumerate(rows.items()):
+        final = seeds[0]
+        for m in final["val_loss"]:
+            losses = [one["val_loss"][m] for one in seeds]
+            loss, spread = sum(losses) / len(losses), (max(losses) - min(losses)) / 2
+            cells = [name, final["variant"], m, f"{final['parameters']:,}", f"{final['tokens']:,}", f"{final['flops']:.3g}",
+                     f"{final['seconds']:,.0f}", f"{final['cache_bytes']:,}", f"{loss:.4f}" + f" ± {spread:.4f}" * (len(seeds) > 1),
+                     f"{perplexity(loss):.3f}"]
+            if text:
+                cells.append(f"{perplexity(sum(one['text_loss'][int(m)] for one in seeds) / len(seeds)):.3f}")
+            print("| " + " | ".join(cells) + " |")
             axes.plot(final["cache_bytes"], perplexity(loss), marker="o^svDPX*"[i % 8], color=f"C{i}", markersize=4 + 0.5 * int(m))
-        axes.plot([], [], marker="o^svDPX*"[i % 8], color=f"C{i}", linestyle="", label=run.name)
+        axes.plot([], [], marker="o^svDPX*"[i % 8], color=f"C{i}", linestyle="", label=name)
     axes.set(xlabel="cache, bytes per token (bfloat16)", ylabel="held-out perplexity", xscale="log")
     sizes = sorted({final["cache_bytes"] for final in finals.values()})
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -555,7 +591,7 @@ def report(runs, out):
     if len(runs) > 1:
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "report.png", dpi=150)
-        (out / "report.json").write_text(json.dumps({run.name: final for run, final in finals.items()}, indent=1) + "\n")
+        (out / "report.json").write_text(json.dumps(finals, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- the run
@@ -615,7 +651,7 @@ def train(args, config):
         run = torch.compile(model, dynamic=False)
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run)
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    autocast = mixed_precision(device)
     size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
     if master:
         log = open_log(args.out / "metrics.jsonl", first, args.steps)
@@ -636,7 +672,7 @@ def train(args, config):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"a weight is not finite after step {step}")
         if master:
-            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "encoding", "report")}
+            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "encoding", "report", "text")}
             save(path, config=dataclasses.asdict(config), settings=settings, encoding=args.encoding, step=step,
                  model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
 
@@ -711,7 +747,7 @@ def main():
     parser, args, config = settings()
     try:
         if args.report:
-            parser.attempt(report, args.report, args.out)
+            parser.attempt(lambda: report(args.report, args.out, args.text, pick_device(args.device)))
         else:
             parser.attempt(train, args, config)
     except FloatingPointError as error:
