@@ -128,22 +128,6 @@ def attend(q, k, v, positions, scale):
     return o[..., :w_v].transpose(1, 2)
 
 
-def attend_one(q, k, v, positions, scale):
-    """`attend` for one new token on a GPU, by the fastest call of torch whose number of keys is known to the device only."""
-    B, S, n_kv, w = k.shape
-    if B == 1 or B < 32 and n_kv == 1 or w > 256 or w % 8:                      # too few for flash, or wider than it can do
-        scores = (q[:, 0].unflatten(1, (n_kv, -1)) * scale @ k.transpose(1, 2).mT).float()    # [B,n_kv,group,S]
-        p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
-        return (p.to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)[:, None]
-    v_wide = F.pad(v, (0, w - v.shape[-1]))
-    ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)              # flash: S rows for every sequence,
-    used = (positions + 1).int().expand(B).contiguous()                         # of which so many are in use
-    flash = torch.ops.aten._flash_attention_forward                             # varlen_attn(seqused_k=...) from torch 2.12 on
-    k, v_wide = k.flatten(0, 1), v_wide.flatten(0, 1)
-    o, *_ = flash(q[:, 0], k, v_wide, ends, ends * S, 1, S, 0.0, False, False, scale=scale, seqused_k=used)
-    return o[:, None, :, : v.shape[-1]]
-
-
 def slice_width(heads, n_h):
     """How many heads to compute: the budget, or all n_h if `heads` is a tensor of one budget per sequence."""
     return heads if isinstance(heads, int) else n_h
@@ -648,6 +632,25 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     p = p * (p.cumsum(-1) - p < top_p)                                          # the fewest that together reach top_p
     race = p / torch.empty_like(p).exponential_(generator=generator)            # its winner is a sample of p: no host needed
     return order.gather(-1, race.argmax(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------- one token on a GPU, fast; nothing here is needed to understand
+
+
+def attend_one(q, k, v, positions, scale):
+    """`attend` for one new token on a GPU, by the fastest call of torch whose number of keys is known to the device only."""
+    B, S, n_kv, w = k.shape
+    if B == 1 or B < 32 and n_kv == 1 or w > 256 or w % 8:                      # too few for flash, or wider than it can do
+        scores = (q[:, 0].unflatten(1, (n_kv, -1)) * scale @ k.transpose(1, 2).mT).float()    # [B,n_kv,group,S]
+        p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
+        return (p.to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)[:, None]
+    v_wide = F.pad(v, (0, w - v.shape[-1]))
+    ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)              # flash: S rows for every sequence,
+    used = (positions + 1).int().expand(B).contiguous()                         # of which so many are in use
+    flash = torch.ops.aten._flash_attention_forward                             # varlen_attn(seqused_k=...) from torch 2.12 on
+    k, v_wide = k.flatten(0, 1), v_wide.flatten(0, 1)
+    o, *_ = flash(q[:, 0], k, v_wide, ends, ends * S, 1, S, 0.0, False, False, scale=scale, seqused_k=used)
+    return o[:, None, :, : v.shape[-1]]
 
 
 def graph_rows(tokens):
