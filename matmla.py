@@ -316,7 +316,7 @@ class GQA(Attention):
         super().__init__()
         self.n_h, self.d_h, self.rope_base = c.n_h, c.d_h, c.rope_base
         even("d_h", c.d_h)
-        if c.n_kv < 1 or c.n_h % c.n_kv:
+        if c.n_h % c.n_kv:
             raise ValueError(f"{c.n_h} heads cannot share {c.n_kv} key/value heads evenly")
         self.n_kv = c.n_kv
         self.W_Q = nn.Linear(c.d, c.n_h * c.d_h, bias=c.qkv_bias)
@@ -472,8 +472,8 @@ ATTENTION = {"mha": MHA, "nested_mha": NestedMHA, "gqa": GQA, "mla": MLA, "matml
 
 
 def even(name, width):
-    if width < 2 or width % 2:
-        raise ValueError(f"RoPE rotates pairs: {name} = {width} is not 2, 4, 6, ...; try {max(2, width + width % 2)}")
+    if width % 2:
+        raise ValueError(f"RoPE rotates pairs: {name} = {width} is not 2, 4, 6, ...; try {width + 1}")
 
 
 def absorb_below(d_c, d_h):
