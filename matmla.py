@@ -680,10 +680,8 @@ def join(block):
 
     One token is so little work that the number of products counts, not their size.
     """
-    block, attention, feed_forward = (copy.copy(module) for module in (block, block.attention, block.feed_forward))
-    for module in (block, attention, feed_forward):
-        module._modules = dict(module._modules)
-    block.attention, block.feed_forward = attention, feed_forward
+    block = copy.deepcopy(block, {id(p): p for p in block.parameters()})        # of the modules, not of their weights
+    attention, feed_forward = block.attention, block.feed_forward
     for owner, norm, module, names in (
         (block, "norm_attention", attention, ("W_Q", "W_K", "W_V")),
         (block, "norm_attention", attention, ("W_DQ", "W_DKV", "W_KR")),
