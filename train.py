@@ -395,7 +395,7 @@ def passes(args, config, step, rows):
     return [(torch.from_numpy(dealt), 1.0)]
 
 
-def learn(run, optimizer, tokens, step, args, config, autocast):
+def learn(run, optimizer, tokens, step, args, config):
     """One optimizer step on this process's share of a batch; its mean loss, a number that is still on the device."""
     device, shared = next(run.parameters()).device, isinstance(run, torch.nn.parallel.DistributedDataParallel)
     world, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
@@ -413,8 +413,8 @@ def learn(run, optimizer, tokens, step, args, config, autocast):
         todo = passes(args, config, step, rows)
         for i, (heads, weight) in enumerate(todo):
             heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
-            last = rows is parts[-1] and i == len(todo) - 1
-            with autocast, run.no_sync() if shared and not last else contextlib.nullcontext():    # share gradients once
+            last = rows is parts[-1] and i == len(todo) - 1                     # only then are gradients shared
+            with mixed_precision(device), run.no_sync() if shared and not last else contextlib.nullcontext():
                 loss = run(x, y, heads=heads)[1] * (weight * len(rows) / len(mine))
                 loss.backward()
             total += loss.detach()
@@ -448,13 +448,13 @@ def mixed_precision(device):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, count, config, autocast):
+def evaluate(model, tokens, count):
     """Mean loss in nats per token at each budget, on `count` windows spaced evenly over the tokens."""
-    device = model.embed.weight.device
+    config, device = model.config, model.embed.weight.device
     starts = np.linspace(0, len(tokens) - config.context - 1, count).astype(int)
     losses = {}
     for m in config.budgets:
-        with autocast:
+        with mixed_precision(device):
             chunks = (windows(tokens, s, config.context, device) for s in np.array_split(starts, math.ceil(count / 16)))
             losses[m] = sum(model(x, y, heads=m)[1].item() * len(x) for x, y in chunks) / count
     return losses
@@ -550,7 +550,7 @@ def text_loss(run, text, device):
     count = (len(tokens) - 1) // model.config.context
     if count == 0:
         raise ValueError(f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed")
-    return evaluate(model, tokens, count, model.config, mixed_precision(device))
+    return evaluate(model, tokens, count)
 
 
 def report(runs, out, text=None, device=None):
@@ -651,7 +651,6 @@ def train(args, config):
         run = torch.compile(model, dynamic=False)
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run)
-    autocast = mixed_precision(device)
     size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
     if master:
         log = open_log(args.out / "metrics.jsonl", first, args.steps)
@@ -663,7 +662,7 @@ def train(args, config):
     def look(step):
         if master:
             count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
-            val = evaluate(model, val_tokens, count, config, autocast)
+            val = evaluate(model, val_tokens, count)
             log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
             bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()))
             return val
@@ -683,7 +682,7 @@ def train(args, config):
     if first == 0:
         look(0)
     for step in range(first, args.steps):
-        loss = learn(run, optimizer, train_tokens, step, args, config, autocast)
+        loss = learn(run, optimizer, train_tokens, step, args, config)
         bar.update(args.batch * config.context)
 
         done = step + 1
