@@ -227,15 +227,15 @@ def stdlib_files():
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
-def documents(args):
+def documents(data, config="", column="text"):
     """The texts of --data, one by one. ValueError or OSError if they cannot be had."""
-    path = Path(args.data)
+    path = Path(data)
     if path.suffix in (".txt", ".jsonl", ".parquet") and not path.exists():
         raise FileNotFoundError(f"no file {path}")
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")) if path.is_dir() else [path]
     if len(kinds := {p.suffix for p in files}) > 1:
         raise ValueError(f"{path} has files of several kinds, {', '.join(sorted(kinds))}; take one")
-    if args.data == "stdlib":
+    if data == "stdlib":
         yield from (p.read_text("utf-8", errors="replace") for p in stdlib_files())
     elif not files:
         raise ValueError(f"{path} has no .txt, .jsonl or .parquet files")
@@ -252,19 +252,19 @@ def documents(args):
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # our own line says it
         if path.exists():
             source = {"path": {".jsonl": "json", ".parquet": "parquet"}[files[0].suffix], "data_files": [str(p) for p in files]}
-        elif args.data == "fineweb-edu":
+        elif data == "fineweb-edu":
             source = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT"}
         else:
-            source = {"path": args.data, "name": args.data_config or None}
+            source = {"path": data, "name": config or None}
         try:
             for row in datasets.load_dataset(**source, split="train", streaming=True):
-                yield row[args.text_column]
+                yield row[column]
         except KeyError:
-            raise ValueError(f"{args.data} has no column {args.text_column!r}; name it with --text-column") from None
+            raise ValueError(f"{data} has no column {column!r}; name it with --text-column") from None
         except Exception as error:                                              # a broken file, no such name, no network
             cure = "" if path.exists() else (": it is no file here, and the Hugging Face hub did not give it. Check the name; "
                    "without a network, download its .parquet files elsewhere and pass their folder as --data")
-            raise OSError(f"cannot read {args.data}{cure} ({type(error).__name__}: {error})") from None
+            raise OSError(f"cannot read {data}{cure} ({type(error).__name__}: {error})") from None
 
 
 def prepare(args):
@@ -290,7 +290,7 @@ def prepare(args):
     try:
         with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val, \
                 tqdm(desc="tokens", unit="tok", unit_scale=True, total=args.tokens or None, leave=False) as bar:
-            source, count = documents(args), 0
+            source, count = documents(args.data, args.data_config, args.text_column), 0
             while batch := [text for _, text in zip(range(256), source)]:
                 for tokens in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
                     np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
@@ -545,8 +545,7 @@ def read_final(run):
 def text_loss(run, text, device):
     """Mean loss in nats per token of a finished run on all of another text, at each budget."""
     model, encoding = load(run / "checkpoint.pt", device)
-    texts = documents(argparse.Namespace(data=str(text), data_config="", text_column="text"))
-    tokens = np.concatenate([encoding.encode_ordinary(one) + [encoding.eot_token] for one in texts])
+    tokens = np.concatenate([encoding.encode_ordinary(one) + [encoding.eot_token] for one in documents(text)])
     count = (len(tokens) - 1) // model.config.context
     if count == 0:
         raise ValueError(f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed")

@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import re
-from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -284,7 +283,7 @@ def importance(model, windows):
 def read_text(name, count, encoding, context):
     """Windows [n, width + 1] of a text to measure on, about `count` tokens, and as many others to calibrate on."""
     tokens, width = [], min(512, context)
-    for text in documents(Namespace(data=name, data_config="", text_column="text")):
+    for text in documents(name):
         tokens += [*encoding.encode_ordinary(text), encoding.eot_token]
         if len(tokens) >= 2 * (count / width + 1) * (width + 1):
             break
