@@ -1469,7 +1469,7 @@ def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, caps
     main_of("sample.py", monkeypatch, "--checkpoint", start, "--prompt", prompt, "--tokens", 9, "--temperature", 0,
             "--device", "cpu")
     theirs, (model, encoding) = hf_model("Llama", num_key_value_heads=3), train.load(start, "cpu")
-    continued = greedy(theirs, torch.tensor([encoding.encode(prompt)]), 9)[0].tolist()
+    continued = greedy(theirs, torch.tensor([encoding.encode_ordinary(prompt)]), 9)[0].tolist()
     text = b"".join(train.token_bytes(encoding, token) for token in continued).decode(errors="replace")
     assert capsys.readouterr().out == text + "\n"
 

@@ -185,8 +185,6 @@ class Tokenizer:
     def encode_ordinary(self, text):
         return self.tokenizer.encode(text).ids                                  # and what the model wants in front of it
 
-    encode = encode_ordinary
-
     def encode_ordinary_batch(self, texts, num_threads):
         return [encoded.ids for encoded in self.tokenizer.encode_batch_fast(texts)]
 
@@ -734,7 +732,7 @@ def finish(model, args, log, final):
     if args.encoding is None:
         return                                                                  # tokens without a text to show
     encoding, prompt = get_encoding(args.encoding), "def read(self, " if args.data == "stdlib" else "The "
-    prompt = torch.tensor([encoding.encode(prompt)], device=model.embed.weight.device)
+    prompt = torch.tensor([encoding.encode_ordinary(prompt)], device=model.embed.weight.device)
     for m in final["val_loss"]:
         text = model.eval().generate(prompt, 200, m, temperature=0.8, top_k=40)
         text = b"".join(token_bytes(encoding, token) for token in text[0].tolist()).decode(errors="replace")
