@@ -49,15 +49,15 @@ def formula(c, m):
     }[c.attention]
 
 
-def measure(config, heads, device, capacity=64):
+def measure(config, heads, device):
     """Bytes one token takes in the bfloat16 tensors of a real cache: by the tensors; on a GPU by the allocator too."""
     with torch.device("meta"):                                                  # the weights are not needed,
         model = GPT(dataclasses.replace(config, vocab_size=1, d_ff=1))
     model.embed.to_empty(device=device).bfloat16()                              # only where and what they would be
-    capacity = capacity if device.type == "cpu" else 2**21 // config.n_layer    # the allocator deals in pieces of 2 MiB
+    capacity = 64 if device.type == "cpu" else 2**21 // config.n_layer          # the allocator deals in pieces of 2 MiB
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     cache = model.new_cache(1, capacity, heads)
-    assert cache.rows.numel() * cache.rows.element_size() == cache.nbytes == cache.rows.untyped_storage().nbytes()
+    assert cache.nbytes == cache.rows.untyped_storage().nbytes()
     if device.type == "cuda":
         assert abs(torch.cuda.memory_allocated() - before - cache.nbytes) < 2**21, "the allocator says otherwise"
     return cache.nbytes // capacity
@@ -145,19 +145,15 @@ def decode(config, reader, m, batch, length, device):
     cache, token = model.new_cache(batch, length), torch.zeros(batch, 1, dtype=torch.long, device=device)
     for rows in cache.rows:
         rows.normal_()
-    one = matmla.attend_one
-    if device.type == "cuda" and config.attention in ("mha", "nested_mha", "gqa"):
-        matmla.attend_one = attend_all
+    folds = device.type == "cuda" and config.attention in ("mha", "nested_mha", "gqa")
+    matmla.attend_one = attend_all if folds else attend_one
     step = Step(model, cache, lambda logits: logits.argmax(-1, keepdim=True)) if device.type == "cuda" else None
 
     def once():
         cache.length = length - 1
         return step(token, m) if step else model(token, heads=m, cache=cache)[0]
 
-    try:
-        return seconds(once, device)
-    finally:
-        matmla.attend_one = one
+    return seconds(once, device)
 
 
 @torch.no_grad()
@@ -169,7 +165,7 @@ def attention_read(config, batch, length, device):
     rows = torch.randn(batch, length, n_kv, width * (1 if absorbed else 2), device=device, dtype=torch.bfloat16)
     k, v = (rows, rows) if absorbed else rows.chunk(2, -1)
     q = torch.randn(batch, 1, c.n_h, width, device=device, dtype=torch.bfloat16)
-    read = torch.compile(matmla.attend_one if absorbed else attend_all, dynamic=False)
+    read = torch.compile(attend_one if absorbed else attend_all, dynamic=False)
     position = torch.tensor([length - 1], device=device)
     read(q, k, v, position, 0.1)
     graph = torch.cuda.CUDAGraph()

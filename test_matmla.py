@@ -1262,7 +1262,7 @@ def test_bench_times_every_variant(monkeypatch):
     config = Config(**SIZES | {"n_layer": 1})
     rows = bench_cache.speeds(config, [(2, 24)], torch.device("cpu"))
     assert [(row["variant"], row["reader"], row["heads"]) for row in rows][-3:] == [("matmla", "absorbed", m) for m in (6, 4, 1)]
-    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows) and matmla.attend_one.__module__ == "matmla"
+    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows)
 
 
 def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monkeypatch):
