@@ -29,7 +29,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_cache
 import matmla
+import train
 from matmla import ATTENTION, GPT, Cache, Config, attend, rope, sample
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
@@ -959,6 +961,19 @@ def run(folder, *command):
     return done.stdout
 
 
+def main_of(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    importlib.import_module(script.removesuffix(".py")).main()
+
+
+def refuses(words, monkeypatch, capsys, script, *arguments):
+    """It ends with status 2 and one line on stderr that has all of these words."""
+    with pytest.raises(SystemExit) as stop:
+        main_of(script, monkeypatch, *arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 1 and all(word in message for word in words), message
+
+
 SMALL = "--device cpu --n-layer 1 --d 24 --d-h 4 --d-c 12 --d-cq 8 --d-R 4 --d-ff 32 --context 32 --steps 3 --eval-windows 8".split()
 
 
@@ -1051,8 +1066,6 @@ def test_two_processes_train_like_one(trained):
 
 
 def test_batched_muon_is_torchs_muon(monkeypatch):
-    import train
-
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)                  # torch's rounds on the CPU too, ours does not
     ours, theirs = ([nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(i)))
                      for i, shape in enumerate([(8, 20), (8, 20), (20, 8), (30, 30)])] for _ in range(2))
@@ -1067,8 +1080,6 @@ def test_batched_muon_is_torchs_muon(monkeypatch):
 
 
 def test_every_budget_gets_its_share_of_sequences():
-    import train
-
     _, args, config = train.settings(["--shares", "2,1,1", "--batch", "6"])
     given = torch.cat([train.passes(args, config, step, np.arange(6))[0][0] for step in range(4)])
     assert [(given == m).sum() for m in (12, 8, 4)] == [12, 6, 6]
@@ -1079,8 +1090,6 @@ def test_every_budget_gets_its_share_of_sequences():
 
 
 def test_training_flops_count_only_the_heads_that_are_computed():
-    import train
-
     def cost(*flags):
         _, args, config = train.settings(["--context", "32", *flags])
         return train.flops_per_token(args, config)
@@ -1096,7 +1105,6 @@ def test_training_flops_count_only_the_heads_that_are_computed():
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_text_becomes_tokens_with_documents_held_out_whole(kind, tmp_path, monkeypatch):
     import datasets
-    import train
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "get_encoding", lambda name, real=train.get_encoding: real("bytes"))    # no download here
@@ -1137,8 +1145,6 @@ def test_report_compares_runs(trained, baseline):
 
 
 def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_path):
-    from train import load
-
     baseline = trained[0] / "baseline"
     text = "def f(x):\n    return x\n" * 100
     (tmp_path / "other.txt").write_text(text)
@@ -1151,7 +1157,7 @@ def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_pat
     printed = run(tmp_path, "train.py", "--report", "mla.0", "mla.1", "--text", "other.txt", "--out", ".")
     row = printed.splitlines()[-1].split(" | ")
     assert row[0] == "| mla" and row[-3] == f"{loss + 0.1:.4f} ± 0.1000" and row[-2] == f"{math.exp(loss + 0.1):.3f}"
-    model, encoding = load(baseline / "checkpoint.pt", "cpu")
+    model, encoding = train.load(baseline / "checkpoint.pt", "cpu")
     tokens, context = torch.tensor(encoding.encode(text)), model.config.context
     n = (len(tokens) - 1) // context
     with torch.no_grad():
@@ -1160,9 +1166,7 @@ def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_pat
 
 
 def test_sample_is_the_models_own_generation(trained):
-    from train import load
-
-    model, encoding = load(trained[0] / "out/checkpoint.pt", "cpu")
+    model, encoding = train.load(trained[0] / "out/checkpoint.pt", "cpu")
     for m in (12, 4):
         printed = run(trained[0], "sample.py", "--device", "cpu", "--heads", str(m), "--prompt", "def é", "--tokens", "50", "--temperature", "0")
         tokens = model.generate(torch.tensor([encoding.encode("def é")]), 50, heads=m, temperature=0)[0]
@@ -1170,13 +1174,11 @@ def test_sample_is_the_models_own_generation(trained):
 
 
 def test_sample_compares_budgets_and_takes_schedules_files_and_batches(trained, tmp_path):
-    from train import load
-
     common = ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--device", "cpu", "--temperature", "0")
     compared = run(tmp_path, *common, "--compare", "--tokens", "12", "--prompt", "def ")
     assert all(f"--- {m} heads ---\ndef " in compared and f"--- {m} heads: " in compared for m in (12, 8, 4))
     (tmp_path / "prompt.txt").write_text("def é", "utf-8")
-    model, encoding = load(trained[0] / "out/checkpoint.pt", "cpu")
+    model, encoding = train.load(trained[0] / "out/checkpoint.pt", "cpu")
     prompt = torch.tensor([encoding.encode("def é")])
     expected = encoding.decode(model.generate(prompt, 30, heads=[12] * 10 + [4] * 20, temperature=0)[0].tolist())
     flags = "--heads", "12:10,4:*", "--tokens", "30", "--prompt-file", tmp_path / "prompt.txt"
@@ -1186,7 +1188,6 @@ def test_sample_compares_budgets_and_takes_schedules_files_and_batches(trained, 
 
 def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "empty").mkdir()
     other = torch.load(trained[0] / "out/checkpoint.pt", weights_only=True)
@@ -1227,23 +1228,15 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("bench_cache.py", "--preset", "huge"): ("huge",),
         ("bench_cache.py", "--switch", "nothing"): ("nothing",),
     }.items():
-        script = importlib.import_module(command[0].removesuffix(".py"))
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and len(message.splitlines()) == 1, message
-        assert all(word in message for word in words), message
+        refuses(words, monkeypatch, capsys, *command)
 
 
 def test_bytes_survive_the_encoding():
-    from train import END, get_encoding
-
-    encoding = get_encoding("bytes")
+    encoding = train.get_encoding("bytes")
     text = "def f():\r\n\n\treturn 'é日本'  \n\n"
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert encoding.encode(END, allowed_special="all") == [encoding.eot_token] == [256]
+    assert encoding.encode(train.END, allowed_special="all") == [encoding.eot_token] == [256]
 
 
 def test_bench_measures_what_the_formula_says(tmp_path):
@@ -1257,8 +1250,6 @@ def test_bench_measures_what_the_formula_says(tmp_path):
 
 
 def test_bench_times_every_variant(monkeypatch):
-    import bench_cache
-
     config = Config(**SIZES | {"n_layer": 1})
     rows = bench_cache.speeds(config, [(2, 24)], torch.device("cpu"))
     assert [(row["variant"], row["reader"], row["heads"]) for row in rows][-3:] == [("matmla", "absorbed", m) for m in (6, 4, 1)]
@@ -1266,9 +1257,6 @@ def test_bench_times_every_variant(monkeypatch):
 
 
 def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monkeypatch):
-    import bench_cache
-    import train
-
     monkeypatch.chdir(trained[0])
     model, _ = train.load(Path("out/checkpoint.pt"), "cpu")
     variant, table = bench_cache.switching(Path("out"), torch.device("cpu"), count=16)
@@ -1340,11 +1328,6 @@ def converted(model, order=None, moments=None, **changes):
     return transmla.build(gqa, old, torch.float64), transmla.build(mla, new, torch.float64)
 
 
-def main_of(script, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    importlib.import_module(script.removesuffix(".py")).main()
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transmla_is_the_pretrained_model(name):
     transmla = pytest.importorskip("transmla")
@@ -1394,10 +1377,7 @@ def test_transmla_keeps_the_softmax_scale():
 ])
 def test_transmla_refuses_by_name(family, sizes, words, tmp_path, monkeypatch, capsys):
     hf_config(family, **sizes).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main_of("transmla.py", monkeypatch, tmp_path, "--out", tmp_path / "out")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
+    refuses([words], monkeypatch, capsys, "transmla.py", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -1440,10 +1420,7 @@ def test_transmla_refuses_what_is_broken(pretrained, tmp_path, monkeypatch, caps
         ([pretrained, "--text", pretrained / "text.txt"], "our MLA, naive is another model", wrong),
     ):
         monkeypatch.setattr(transmla, "layer_to_mla", layer)
-        with pytest.raises(SystemExit) as stop:
-            main_of("transmla.py", monkeypatch, *arguments, "--out", tmp_path / "out", "--device", "cpu")
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
+        refuses([words], monkeypatch, capsys, "transmla.py", *arguments, "--out", tmp_path / "out", "--device", "cpu")
         assert not (tmp_path / "out").exists()
 
 
@@ -1451,14 +1428,11 @@ def test_transmla_converts_without_a_tokenizer(tmp_path, monkeypatch, capsys):
     hf_model("Qwen2", num_key_value_heads=2).save_pretrained(tmp_path)
     main_of("transmla.py", monkeypatch, tmp_path, "--out", tmp_path / "out", "--device", "cpu")
     assert "| our mla, d_c 8, d_R 8 | 6 | 64 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main_of("sample.py", monkeypatch, "--checkpoint", tmp_path / "out/checkpoint.pt", "--device", "cpu")
-    assert "without a tokenizer" in capsys.readouterr().err
+    refuses(["without a tokenizer"], monkeypatch, capsys, "sample.py", "--checkpoint", tmp_path / "out/checkpoint.pt", "--device", "cpu")
 
 
 def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, capsys):
     """It starts at the loss of the original, falls at every budget, and the cache does not grow."""
-    import train
     import transmla
 
     folder, prompt = pretrained, "the é"
@@ -1497,8 +1471,6 @@ def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, caps
 
 def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_path, monkeypatch, capsys):
     """Of any checkpoint; flags beat its sizes where weights allow it. One from before a field existed still resumes."""
-    import train
-
     old = torch.load(trained[0] / "out/checkpoint.pt", weights_only=True)
     for field in ("qkv_bias", "norm_latents", "norm_eps", "rope_width"):
         del old["config"][field], old["settings"][field]
@@ -1509,10 +1481,7 @@ def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_p
     assert args.encoding == "bytes" and args.steps == 500 and args.resume is None
     assert "wrote checkpoint.pt" in run(trained[0], "train.py", "--resume", "--out", tmp_path)
     for flags, words in ((["--d", "48"], "another shape"), (["--init", str(tmp_path / "no.pt")], "no.pt")):
-        with pytest.raises(SystemExit) as stop:
-            main_of("train.py", monkeypatch, "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path / "new")
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and len(message.splitlines()) == 1 and words in message, message
+        refuses([words], monkeypatch, capsys, "train.py", "--init", tmp_path / "checkpoint.pt", *flags, "--out", tmp_path / "new")
     monkeypatch.setattr(train, "get_encoding", lambda name: type("Large", (), {"n_vocab": 151936}))
     (tmp_path / "text.txt").write_text("a text")
     _, args, _ = train.settings(["--data", str(tmp_path / "text.txt")])
@@ -1522,7 +1491,6 @@ def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(trained, tmp_p
 
 def test_transmla_tokenizers_keep_every_byte(pretrained, tmp_path):
     """Byte-level pieces as of GPT-2, and <0x0A> for a single byte as of SentencePiece. Special tokens in a text are text."""
-    import train
     import transmla
 
     pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256)), " a", "ab", " ", "a", "b", "▁"]
@@ -1701,7 +1669,7 @@ def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
 
 def main():
     """Write the exercises: a copy of matmla.py, without the bodies of the functions to write."""
-    parser = __import__("train").Parser(__doc__)
+    parser = train.Parser(__doc__)
     parser.add_argument("--blank", required=True, type=Path, metavar="FILE", help="write a copy of matmla.py with the exercises blank")
     path = parser.parse_args().blank
     try:
