@@ -544,8 +544,7 @@ def test_cuda_graphs_decode_like_the_cpu_with_one_graph_per_budget(attention, ba
     half = model.bfloat16()
     logits = []
     for device in ("cpu", "cuda"):                                                                 # the kernels for bfloat16
-        half, cache = half.to(device), None
-        cache = half.new_cache(batch, 20)
+        cache = half.to(device).new_cache(batch, 20)
         half.hidden(tokens.to(device), None, cache)
         step = matmla.Step(half, cache, lambda x: x) if device == "cuda" else None
         with torch.no_grad():
@@ -624,10 +623,10 @@ def definitions(text):
     return found
 
 
-def blank(text, numbers):
-    """The text, in which the functions of these exercises keep their signature and docstring, but not their body."""
+def blank(text):
+    """The text, in which the functions of the exercises keep their signature and docstring, but not their body."""
     lines, nodes = text.splitlines(), definitions(text)
-    edits = [(nodes[name], EXERCISES[n][2]) for n in numbers for name in EXERCISES[n][1]]
+    edits = [(nodes[name], hint) for _, names, hint, _ in EXERCISES.values() for name in names]
     for node, hint in sorted(edits, key=lambda edit: -edit[0].lineno):
         documented = len(node.body) > 1 and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
         body = node.body[1 if documented else 0]
@@ -681,7 +680,7 @@ def same(found, expected, what):
         pytest.fail(f"{what}: off by {off:.1e}")
 
 
-def equal_to_oracle(lab, attention, budgets, short=None, lengths=(8, 1, 4)):
+def equal_to_oracle(lab, attention, budgets, short=None):
     """Whole sequences without a cache, and in chunks through one, give the logits of the oracle at every budget."""
     for d_cq in (22, 0) if attention in LATENT else (22,):
         model, tokens = make(attention, lab=lab, d_cq=d_cq), some_tokens()
@@ -690,7 +689,7 @@ def equal_to_oracle(lab, attention, budgets, short=None, lengths=(8, 1, 4)):
         for m in budgets:
             expected = torch.stack([oracle(model, sequence, [m] * T) for sequence in tokens])
             same(model(tokens, heads=m)[0], expected, f"{attention} at {m} heads")
-            same(chunked(model, tokens, lengths, [m] * len(lengths))[0], expected, f"{attention} at {m} heads, through the cache")
+            same(chunked(model, tokens, [8, 1, 4], [m] * 3)[0], expected, f"{attention} at {m} heads, through the cache")
 
 
 @exercise("RoPE", "rope", "turn every pair (x0,x1), (x2,x3), ... by its angle; keep the shape of x")
@@ -876,7 +875,7 @@ def test_exercise(number):
 
 
 def test_blanked_copy_is_skipped_and_each_body_put_back_passes():
-    empty = blank(REFERENCE, EXERCISES)
+    empty = blank(REFERENCE)
     for number, (_, names, hint, _) in EXERCISES.items():
         with pytest.raises(pytest.skip.Exception, match=re.escape(hint)):
             grade(number, empty)
@@ -1297,10 +1296,10 @@ def hf_config(family, **sizes):
     return getattr(transformers, f"{family}Config")(**HF_SIZES | sizes)
 
 
-def hf_model(family, seed=0, **sizes):
+def hf_model(family, **sizes):
     """A model of transformers with random weights, biases and norms."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(hf_config(family, **sizes)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -1308,8 +1307,8 @@ def hf_model(family, seed=0, **sizes):
     return model
 
 
-def hf_tokens(length=40):
-    return torch.randint(257, (B, length), generator=torch.Generator().manual_seed(1))
+def hf_tokens():
+    return torch.randint(257, (B, 40), generator=torch.Generator().manual_seed(1))
 
 
 def greedy(model, tokens, n):
@@ -1627,7 +1626,7 @@ def test_transmla_leaves_training_a_way_into_the_part_without_rope():
         assert a.W_QR.weight.grad[a.W_QR.weight == 0].abs().min() > 0                              # other heads' slots too
 
 
-def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
+def test_mla_can_do_what_no_gqa_of_the_same_cache_can(monkeypatch):
     """The converse of TransMLA is false, twice.
 
     Values. A token that is alone sees itself, so the layer is a linear map of x, Σ_h W_O,h W_V,g(h) x. GQA caches as many
@@ -1648,7 +1647,7 @@ def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
     assert mla.numbers(6) == 32
     assert rank_of_values(gqa) == 16 and rank_of_values(mla) == 28
 
-    def rank_of_scores(attention, monkeypatch=pytest.MonkeyPatch()):
+    def rank_of_scores(attention):
         log_p = []
 
         def watch(q, k, v, positions, scale):
@@ -1674,7 +1673,7 @@ def main():
     path = parser.parse_args().blank
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(blank(REFERENCE, EXERCISES))
+            file.write(blank(REFERENCE))
     except OSError as problem:
         parser.error(f"nothing was written: {problem}")
     print(f"{len(EXERCISES)} exercises in {path}. Grade them with: MATMLA={path.stem} python -m pytest test_matmla.py -k exercise -rs")
