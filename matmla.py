@@ -597,10 +597,7 @@ class GPT(nn.Module):
             raise ValueError(f"{len(budgets)} budgets given for {n} new tokens")
         for m in budgets:
             self.blocks[0].attention.check(m, len(tokens))                      # now, not in the middle of a text
-
-        def choose(logits):
-            return sample(logits, temperature, top_k, top_p, generator)
-
+        choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         context, capacity = self.config.context, tokens.shape[1] + n
         if tokens.is_cuda:
             capacity = graph_rows(capacity)

@@ -107,7 +107,7 @@ def read_tokenizer(path, where, c):
         return None
     if not tokenizer.encode("a", add_special_tokens=False):                     # if it is not made up from nothing
         return None
-    eos = next((token for token in (tokenizer.eos_token_id, eos) if token is not None), 0)
+    eos = eos if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
 
 
