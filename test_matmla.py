@@ -208,13 +208,12 @@ def test_gqa_with_as_many_kv_heads_is_mha():
 # ---------------------------------------------------------------- the cache
 
 
-@every_variant
-@pytest.mark.parametrize("short", [0, math.inf], ids=["naive", "absorbed"])
+@pytest.mark.parametrize("attention, short", [*((a, 0) for a in ATTENTION), *((a, math.inf) for a in LATENT)])
 @pytest.mark.parametrize("lengths", [[1] * 13, [7, 1, 5], [13]], ids=["1+1+...", "7+1+5", "whole"])
 def test_any_chunking_equals_uncached(attention, short, lengths):
     model, tokens = make(attention), some_tokens()
     for block in model.blocks:
-        block.attention.short = short if attention in LATENT else 0
+        block.attention.short = short                                                              # naive, or absorbed
     for m in budgets_of(attention):
         logits, _ = chunked(model, tokens, lengths, [m] * len(lengths))
         assert error(logits, model(tokens, heads=m)[0]) < TIGHT
@@ -701,8 +700,8 @@ def _(lab):
         positions = torch.arange(start, start + 4)
         same(lab.rope(x, positions, 100.0), expected, f"RoPE from position {start}")
         same(lab.rope(x[:, :, 0], positions, 100.0), expected[:, :, 0], f"RoPE of one key for all heads, from position {start}")
-        two = torch.cat((x, x), -1)
-        same(lab.rope(two, positions, 100.0, 8), torch.cat((expected, expected), -1), "RoPE whose frequencies start anew after 8")
+        turned = lab.rope(torch.cat((x, x, x), -1), positions, 100.0, 8)
+        same(turned, torch.cat((expected, expected, expected), -1), "RoPE whose frequencies start anew after 8")
 
 
 @exercise("softmax attention", "attend", "o = softmax(qᵀk · scale) v over the keys up to each query's own position; return [B,T,n,w_v]")
@@ -1423,7 +1422,8 @@ def test_transmla_converts_without_a_tokenizer(tmp_path, monkeypatch, capsys):
     hf_model("Qwen2", num_key_value_heads=2).save_pretrained(tmp_path)
     main_of("transmla.py", monkeypatch, tmp_path, "--out", tmp_path / "out", "--device", "cpu")
     assert "| our mla, d_c 8, d_R 8 | 6 | 64 |" in capsys.readouterr().out
-    refuses(["without a tokenizer"], monkeypatch, capsys, "sample.py", "--checkpoint", tmp_path / "out/checkpoint.pt", "--device", "cpu")
+    made = tmp_path / "out/checkpoint.pt"
+    refuses(["without a tokenizer"], monkeypatch, capsys, "sample.py", "--checkpoint", made, "--device", "cpu")
 
 
 def test_transmla_checkpoint_samples_and_trains_on(pretrained, monkeypatch, capsys):
