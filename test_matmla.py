@@ -187,12 +187,6 @@ def test_rope_turns_interleaved_pairs_by_position():
     assert error(rope(x[:, :, 0], positions, 100.0), expected[:, :, 0]) < TIGHT                   # one key for all heads
 
 
-def test_rope_in_bfloat16_tells_late_positions_apart():
-    x = torch.ones(1, 2, 8, dtype=torch.bfloat16)
-    turned = rope(x, torch.tensor([1000, 1001]), 1e4)
-    assert error(turned.double(), rope(x.double(), torch.tensor([1000, 1001]), 1e4)) < 1e-2
-
-
 def test_attend_returns_values_at_their_own_width():
     q, k, v = torch.randn(B, T, 6, 10), torch.randn(B, T, 3, 10), torch.randn(B, T, 3, 7)
     for queries in (T, 5, 1):
@@ -691,17 +685,27 @@ def equal_to_oracle(lab, attention, budgets, short=None):
             same(chunked(model, tokens, [8, 1, 4], [m] * 3)[0], expected, f"{attention} at {m} heads, through the cache")
 
 
-@exercise("RoPE", "rope", "turn every pair (x0,x1), (x2,x3), ... by its angle; keep the shape of x")
+@exercise("RoPE", "rope", "turn every pair (x0,x1), (x2,x3), ... by its angle, computed in the dtype of x but at least float32")
 def _(lab):
+    def turned_by_oracle(x, positions):
+        return torch.stack([torch.stack([torch.stack([oracle_rope(x[b, t, n], positions[t], 100.0) for n in range(3)])
+                                         for t in range(4)]) for b in range(B)])
+
     x = torch.randn(B, 4, 3, 8, dtype=torch.float64)
     for start in (0, 5):
-        expected = torch.stack([torch.stack([torch.stack([oracle_rope(x[b, t, n], start + t, 100.0) for n in range(3)])
-                                             for t in range(4)]) for b in range(B)])
         positions = torch.arange(start, start + 4)
-        same(lab.rope(x, positions, 100.0), expected, f"RoPE from position {start}")
+        expected, found = turned_by_oracle(x, positions.tolist()), lab.rope(x, positions, 100.0)
+        halves = turned_by_oracle(x.unflatten(-1, (2, -1)).mT.flatten(-2), positions.tolist()).unflatten(-1, (-1, 2)).mT.flatten(-2)
+        for slip, wrong in (("pairs are (x0,x1), (x2,x3), ..., not (x0,x4), (x1,x5), ...", halves),
+                            ("the pairs turn backwards", turned_by_oracle(x, (-positions).tolist()))):
+            assert found.shape != wrong.shape or not torch.allclose(found, wrong), slip
+        same(found, expected, f"RoPE from position {start}")
         same(lab.rope(x[:, :, 0], positions, 100.0), expected[:, :, 0], f"RoPE of one key for all heads, from position {start}")
         turned = lab.rope(torch.cat((x, x, x), -1), positions, 100.0, 8)
         same(turned, torch.cat((expected, expected, expected), -1), "RoPE whose frequencies start anew after 8")
+    x, late = torch.ones(1, 2, 8, dtype=torch.bfloat16), torch.tensor([1000, 1001])
+    off = error(lab.rope(x, late, 1e4).double(), lab.rope(x.double(), late, 1e4))
+    assert off < 1e-2, "in bfloat16, which cannot count past 256, late positions are not told apart"
 
 
 @exercise("softmax attention", "attend", "o = softmax(qᵀk · scale) v over the keys up to each query's own position; return [B,T,n,w_v]")
@@ -744,7 +748,7 @@ def _(lab):
     assert torch.equal(memory, torch.cat((rows[:, :3], rows[:, 5:], rows[:, 4:5]), 1)), "with a position, the row goes there"
 
 
-@exercise("nested heads", "NestedMHA.write NestedMHA.read", "the first m heads alone; slice the weights, so that compute shrinks")
+@exercise("nested heads", "NestedMHA.write NestedMHA.read", "the first m heads alone: slice the weights, so that compute shrinks; heads may be a tensor [B], see mask_heads; a ValueError beyond a ragged cache")
 def _(lab):
     equal_to_oracle(lab, "nested_mha", [6, 4, 1])
     model, x = make("nested_mha", lab=lab), torch.randn(B, T, 40, dtype=torch.float64)
@@ -903,6 +907,7 @@ flat = lambda *parts: [part.flatten(width()) for part in parts]
 
 MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and its arguments, text, what to put there
     ("RoPE turns halves, not neighbours", 1, "rope_turns_interleaved_pairs_by_position", (), "x0, x1 = x[..., 0::2], x[..., 1::2]", "x0, x1 = x.chunk(2, -1)"),
+    ("RoPE counts in bfloat16", 1, None, (), "dtype = torch.promote_types(x.dtype, torch.float32)", "dtype = x.dtype"),
     ("RoPE turns backwards", 1, "rope_turns_interleaved_pairs_by_position", (), "x0 * cos - x1 * sin, x0 * sin + x1 * cos", "x0 * cos + x1 * sin, x1 * cos - x0 * sin"),
     ("a query sees the token after it", 2, "chunk_after_a_cache_is_causal", ("mla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 1"),
     ("a query does not see itself", 2, "any_chunking_equals_uncached", ("mha", 0, [7, 1, 5]), "device=q.device) <= positions[:, None]", "device=q.device) < positions[:, None].clamp(min=1)"),
@@ -1672,7 +1677,7 @@ def main():
             file.write(blank(REFERENCE))
     except OSError as problem:
         parser.error(f"nothing was written: {problem}")
-    print(f"{len(EXERCISES)} exercises in {path}. Grade them with: MATMLA={path.stem} python -m pytest test_matmla.py -k exercise -rs")
+    print(f"{len(EXERCISES)} exercises in {path}. Grade them with: MATMLA={path.stem} python -m pytest test_matmla.py -k exercise -rsf --tb=short")
 
 
 if __name__ == "__main__":

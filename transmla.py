@@ -5,7 +5,7 @@ TransMLA (arXiv:2502.07864): a pretrained GQA model becomes an MLA model with th
     python transmla.py MODEL --d-R 64 --d-c 192,128    smaller caches, no longer exact; the last one is saved
     python transmla.py MODEL --budgets 9,6,3           as MatMLA, in every layer the most important heads first
     python sample.py --checkpoint out/transmla/checkpoint.pt
-    python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE --context 512 --lr 3e-4 --lr-adamw 3e-5
+    python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE --context 512 --lr 5e-4 --lr-adamw 5e-5
 
 Why RoPE is no obstacle: nothing has to move through it. A GQA layer caches n_kv rotated keys and n_kv values. Its keys, side
 by side, are one k_R of width n_kv·d_h, whose frequencies start anew after every d_h numbers; its values are c_KV. A query is
