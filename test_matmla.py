@@ -1202,6 +1202,7 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("train.py", "--resume", "--out", "nothing"): ("nothing/checkpoint.pt",),
         ("train.py", "--resume", "--out", trained[0] / "out", "--d", "48"): ("shape",),
         ("train.py", "--report", "nothing"): ("nothing",),
+        ("train.py", "--text", "my.txt"): ("--text", "--report"),
         ("train.py", "--report", trained[0] / "out", "--text", "nothing.txt"): ("nothing.txt",),
         ("train.py", "--data", "empty"): ("empty", "no .txt"),
         ("train.py", "--data", "short"): ("short", "9 tokens", "256"),

@@ -130,6 +130,8 @@ def settings(argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else kind
         model.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=field.name, **kind)
     early, _ = parser.parse_known_args(argv)
+    if early.text and not early.report:
+        parser.error("--text is for --report")
     parser.set_defaults(**PRESETS[early.preset])
     if early.init and (early.resume or early.init.resolve().parent == early.out.resolve()):
         parser.error("--init starts a new run: not together with --resume, and not into its own folder; choose another --out")
