@@ -1205,6 +1205,7 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("train.py", "--text", "my.txt"): ("--text", "--report"),
         ("train.py", "--report", trained[0] / "out", "--text", "nothing.txt"): ("nothing.txt",),
         ("train.py", "--data", "empty"): ("empty", "no .txt"),
+        ("train.py", "--data", "missing.jsonl"): ("no file missing.jsonl",),
         ("train.py", "--data", "short"): ("short", "9 tokens", "256"),
         ("train.py", "--data", "foreign"): ("foreign", "60000", "50304"),
         ("train.py", "--attention", "gqa", "--n-kv", "5", *SMALL): ("12", "5"),

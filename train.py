@@ -227,19 +227,27 @@ def stdlib_files():
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
-def documents(data, config="", column="text"):
-    """The texts of --data, one by one. ValueError or OSError if they cannot be had."""
-    path = Path(data)
-    if path.suffix in (".txt", ".jsonl", ".parquet") and not path.exists():
+def text_files(path):
+    """The text file, or those in the folder, sorted; [] if there is no such path. ValueError or OSError if it holds no texts."""
+    known = ".txt", ".jsonl", ".parquet"
+    if path.suffix in known and not path.exists():
         raise FileNotFoundError(f"no file {path}")
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix in known)
+    if not files:
+        raise ValueError(f"{path} has no .txt, .jsonl or .parquet files, and no train.bin")
     if len(kinds := {p.suffix for p in files}) > 1:
         raise ValueError(f"{path} has files of several kinds, {', '.join(sorted(kinds))}; take one")
+    return files
+
+
+def documents(data, config="", column="text"):
+    """The texts of --data, one by one. ValueError or OSError if they cannot be had."""
+    files = [] if data == "stdlib" else text_files(Path(data))
     if data == "stdlib":
         yield from (p.read_text("utf-8", errors="replace") for p in stdlib_files())
-    elif not files:
-        raise ValueError(f"{path} has no .txt, .jsonl or .parquet files")
-    elif path.exists() and files[0].suffix not in (".jsonl", ".parquet"):
+    elif files and files[0].suffix not in (".jsonl", ".parquet"):
         for file in files:
             try:
                 yield file.read_text("utf-8")
@@ -250,7 +258,7 @@ def documents(data, config="", column="text"):
 
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # our own line says it
-        if path.exists():
+        if files:
             source = {"path": {".jsonl": "json", ".parquet": "parquet"}[files[0].suffix], "data_files": [str(p) for p in files]}
         elif data == "fineweb-edu":
             source = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT"}
@@ -262,7 +270,7 @@ def documents(data, config="", column="text"):
         except KeyError:
             raise ValueError(f"{data} has no column {column!r}; name it with --text-column") from None
         except Exception as error:                                              # a broken file, no such name, no network
-            cure = "" if path.exists() else (": it is no file here, and the Hugging Face hub did not give it. Check the name; "
+            cure = "" if files else (": it is no file here, and the Hugging Face hub did not give it. Check the name; "
                    "without a network, download its .parquet files elsewhere and pass their folder as --data")
             raise OSError(f"cannot read {data}{cure} ({type(error).__name__}: {error})") from None
 
@@ -272,8 +280,7 @@ def prepare(args):
     path = Path(args.data)
     if (path / "train.bin").exists():
         return path
-    if path.is_dir() and not any(p.suffix in (".txt", ".jsonl", ".parquet") for p in path.rglob("*")):
-        raise ValueError(f"{path} has no .txt, .jsonl or .parquet files, and no train.bin")
+    text_files(path)                                                            # refused before a vocabulary is downloaded
     files = (sorted(path.rglob("*")) or [path]) if path.exists() else []
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] or sys.version    # other text, other folder
     usual, held_out = ("bytes", 20) if args.data == "stdlib" else ("gpt2", 200)
