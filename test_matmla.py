@@ -1003,6 +1003,10 @@ def baseline(trained):
     return run(trained[0], "train.py", *SMALL, "--attention", "mla", "--n-h", "8", "--out", "baseline")
 
 
+def test_fixed_head_baseline_trains_with_the_same_command(baseline):
+    assert "a sample at 8 heads" in baseline and "a sample at 4 heads" not in baseline
+
+
 def start(folder, *flags, **options):
     """Start a training that takes some seconds; returns the process and the file of its metrics."""
     command = [sys.executable, HERE / "train.py", *SMALL, "--steps", "60", "--eval-every", "10", *flags]
@@ -1254,7 +1258,7 @@ def test_bench_times_every_variant(monkeypatch):
     config = Config(**SIZES | {"n_layer": 1})
     rows = bench_cache.speeds(config, [(2, 24)], torch.device("cpu"))
     assert [(row["variant"], row["reader"], row["heads"]) for row in rows][-3:] == [("matmla", "absorbed", m) for m in (6, 4, 1)]
-    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows)
+    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows) and matmla.attend_one.__module__ == "matmla"
 
 
 def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monkeypatch):
