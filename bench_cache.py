@@ -286,8 +286,8 @@ def draw(size_rows, speed_rows, path):
 @torch.no_grad()
 def switching(run, device, count=128):
     """Perplexity of held-out text read at budget b after a prefix, half a context long, written at budget a: {a: {b: ...}}."""
-    saved = load_checkpoint(run / "checkpoint.pt")
-    model, _ = load(run / "checkpoint.pt", device)
+    saved = load_checkpoint(run / "checkpoint.pt", device)
+    model, _ = load(run / "checkpoint.pt", device, saved)
     if "data" not in saved["settings"]:
         raise ValueError(f"{run} was not trained by train.py, so it has no held-out text")
     c, args = model.config, argparse.Namespace(**saved["settings"], encoding=saved["encoding"])

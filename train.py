@@ -147,13 +147,14 @@ def settings(argv=None):
     config = parser.attempt(make_config, vars(args))
     with torch.device("meta"):
         model = parser.attempt(GPT, config)                                     # sizes that do not fit are refused here
-    both = other and (other["model"], model.state_dict())
-    for name in sorted(both[0].keys() | both[1].keys()) if other else ():
-        theirs, ours = (list(weights[name].shape) if name in weights else "missing" for weights in both)
-        if theirs != ours:
-            parser.error(f"{early.init} is of another shape: its {name} is {theirs}, here it is {ours}")
-    if other and config.tie and not other["config"]["tie"]:
-        parser.error(f"{early.init} has separate input and output embeddings, --tie would lose one of them")
+    if other:
+        both = other["model"], model.state_dict()
+        for name in sorted(both[0].keys() | both[1].keys()):
+            theirs, ours = (list(weights[name].shape) if name in weights else "missing" for weights in both)
+            if theirs != ours:
+                parser.error(f"{early.init} is of another shape: its {name} is {theirs}, here it is {ours}")
+        if config.tie and not other["config"]["tie"]:
+            parser.error(f"{early.init} has separate input and output embeddings, --tie would lose one of them")
     if not ATTENTION[config.attention].nested:
         config.budgets = (config.n_h,)
     elif not 1 <= min(config.budgets) <= max(config.budgets) <= config.n_h:
@@ -495,9 +496,9 @@ def load_checkpoint(path, device="cpu"):
     return content
 
 
-def load(path, device):
-    """(model, encoding) of a checkpoint of train.py. ValueError says what is wrong with it."""
-    content = load_checkpoint(path, device)
+def load(path, device, content=None):
+    """(model, encoding) of a checkpoint of train.py, or of its content if that is read already. ValueError says what is wrong."""
+    content = content or load_checkpoint(path, device)
     try:
         model = GPT(make_config(content["config"])).to(device)
         model.load_state_dict(content["model"])
