@@ -543,11 +543,11 @@ class GPT(nn.Module):
         holds, or a budget the attention does not have; the cache is then as it was.
         """
         logits = self.unembed(self.hidden(tokens, heads, cache))
-        if targets is None:
-            return logits, None
+        return (logits, None) if targets is None else (logits.detach(), self.loss(logits, targets))
+
+    def loss(self, logits, targets):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is too coarse for a sum of exp
-        loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten())
-        return logits.detach(), loss                                            # else a compiled backward fills as many zeros
+        return F.cross_entropy(exact.flatten(0, 1), targets.flatten())
 
     def hidden(self, tokens, heads=None, cache=None, blocks=None):
         """What the last layer leaves, normed, [B, T, d]: `forward` without the vocabulary. blocks: to run instead."""

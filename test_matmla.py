@@ -7,6 +7,7 @@ written from the equations of DeepSeek-V2 (arXiv:2405.04434) and RoFormer (arXiv
 
 import ast
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -399,17 +400,27 @@ def test_backward_reaches_every_weight_compiled_or_not(attention, amp):
 
 @every_nested
 @pytest.mark.parametrize("divided", [False, True], ids=["masked", "divided"])
-def test_compiled_model_does_not_recompile_during_training(attention, divided):
+def test_compiled_blocks_are_one_graph_for_all_steps_and_the_same_model(attention, divided, monkeypatch):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = make(attention, dtype=torch.float32)
-    compiled = torch.compile(model, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = train.compiled(model)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(5):
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
             heads = (6, 1) if divided else torch.tensor([[6, 4], [1, 6], [4, 1]][step % 3])
-            compiled(some_tokens(seed=step), some_tokens(seed=step + 1), heads=heads)[1].backward()
+            batch = some_tokens(seed=step), some_tokens(seed=step + 1)
+            model(*batch, heads=heads)[1].backward()
+            eager = [p.grad.clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            compiled(*batch, heads=heads)[1].backward()
+        for (name, p), grad in zip(model.named_parameters(), eager):            # the compiled copy has the same weights
+            torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4, msg=name)
         optimizer.step()
         optimizer.zero_grad()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2, f"{graphs} graphs, instead of one for all blocks and one for the loss"
 
 
 # ---------------------------------------------------------------- wrong use

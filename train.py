@@ -16,6 +16,7 @@ metrics.jsonl (one JSON object per line) and loss.png.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -310,7 +311,8 @@ def prepare(args):
             tokens = np.concatenate([np.fromfile(partial / name, np.uint16) for name in ("val.bin", "train.bin")])
             tokens[: len(tokens) * 19 // 20].tofile(partial / "train.bin")
             tokens[len(tokens) * 19 // 20 :].tofile(partial / "val.bin")
-        partial.rename(folder)
+        if not folder.exists():                                                 # else another run was faster
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -385,6 +387,15 @@ def optimizers(model, args):
 def rate(step, args):
     """Learning rate as a share of its peak: linear up, flat, linear down to 0."""
     return min(1.0, (step + 1) / args.warmup, (args.steps - step) / (0.6 * args.steps))
+
+
+def compiled(model):
+    """The same weights in a copy whose blocks, one for all since they are equal, and whose loss are compiled."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    model.loss = torch.compile(model.loss, dynamic=False)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    return model
 
 
 def passes(args, config, step, rows):
@@ -643,6 +654,7 @@ def train(args, config):
         config.vocab_size = args.vocab_size = max(config.vocab_size, least)
     train_tokens, val_tokens = read_tokens(prepare(args), args, config)
 
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")             # a fusion with wrong gradients: pytorch issue 193061
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")                                  # what bfloat16 leaves in float32 may use tf32
     model = GPT(config).to(device)
@@ -655,7 +667,7 @@ def train(args, config):
             o.load_state_dict(state)
     run = model
     if args.compile or args.compile is None and cuda and importlib.util.find_spec("triton"):
-        run = torch.compile(model, dynamic=False)
+        run = compiled(model)
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run)
     size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
