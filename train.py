@@ -391,6 +391,10 @@ def rate(step, args):
 
 def compiled(model):
     """The same weights in a copy whose blocks, one for all since they are equal, and whose loss are compiled."""
+    from torch._inductor.config import triton                                   # slow to import, needed only here
+
+    if hasattr(triton, "mix_order_reduction"):                                  # from torch 2.10 on, a fusion that can make
+        triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     model.loss = torch.compile(model.loss, dynamic=False)
     for block in model.blocks:
@@ -654,7 +658,6 @@ def train(args, config):
         config.vocab_size = args.vocab_size = max(config.vocab_size, least)
     train_tokens, val_tokens = read_tokens(prepare(args), args, config)
 
-    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")             # a fusion with wrong gradients: pytorch issue 193061
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")                                  # what bfloat16 leaves in float32 may use tf32
     model = GPT(config).to(device)
