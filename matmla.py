@@ -546,6 +546,7 @@ class GPT(nn.Module):
         return (logits, None) if targets is None else (logits.detach(), self.loss(logits, targets))
 
     def loss(self, logits, targets):
+        """logits [B, T, vocab_size], targets [B, T] -> mean loss in nats."""
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 is too coarse for a sum of exp
         return F.cross_entropy(exact.flatten(0, 1), targets.flatten())
 
