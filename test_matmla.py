@@ -398,6 +398,13 @@ def test_backward_reaches_every_weight_compiled_or_not(attention, amp):
     assert abs(losses[0] - losses[1]) < (0.1 if amp else 1e-4)
 
 
+def gradients(model, run, tokens, targets, heads):
+    """Of the weights of `model` after a pass through `run`, which is the model or has its weights."""
+    model.zero_grad()
+    run(tokens, targets, heads=heads)[1].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
 @every_nested
 @pytest.mark.parametrize("divided", [False, True], ids=["masked", "divided"])
 def test_compiled_blocks_are_one_graph_for_all_steps_and_the_same_model(attention, divided, monkeypatch):
@@ -411,14 +418,11 @@ def test_compiled_blocks_are_one_graph_for_all_steps_and_the_same_model(attentio
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
             heads = (6, 1) if divided else torch.tensor([[6, 4], [1, 6], [4, 1]][step % 3])
             batch = some_tokens(seed=step), some_tokens(seed=step + 1)
-            model(*batch, heads=heads)[1].backward()
-            eager = [p.grad.clone() for p in model.parameters()]
-            optimizer.zero_grad()
-            compiled(*batch, heads=heads)[1].backward()
-        for (name, p), grad in zip(model.named_parameters(), eager):            # the compiled copy has the same weights
-            torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4, msg=name)
+            eager = gradients(model, model, *batch, heads)
+            same = gradients(model, compiled, *batch, heads)
+        for name, grad in eager.items():
+            torch.testing.assert_close(same[name], grad, atol=1e-5, rtol=1e-4, msg=name)
         optimizer.step()
-        optimizer.zero_grad()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 2, f"{graphs} graphs, instead of one for all blocks and one for the loss"
 
@@ -430,14 +434,12 @@ def test_compiled_gradients_of_a_large_batch_on_a_gpu_are_the_eager_ones():
     torch.manual_seed(0)
     model = GPT(config).cuda()
     tokens = torch.randint(512, (96, 1025), device="cuda")
-    found = []
-    for run in (model, train.compiled(model)):
-        with torch.autocast("cuda", torch.bfloat16):
-            run(tokens[:, :-1], tokens[:, 1:], heads=config.budgets)[1].backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        model.zero_grad()
-    for name, grad in found[0].items():
-        assert error(found[1][name], grad) < 0.05, name
+    batch = tokens[:, :-1], tokens[:, 1:]
+    with torch.autocast("cuda", torch.bfloat16):
+        eager = gradients(model, model, *batch, config.budgets)
+        same = gradients(model, train.compiled(model), *batch, config.budgets)
+    for name, grad in eager.items():
+        assert error(same[name], grad) < 0.05, name
 
 
 # ---------------------------------------------------------------- wrong use
@@ -1153,6 +1155,24 @@ def test_text_becomes_tokens_with_documents_held_out_whole(kind, tmp_path, monke
         tokens = np.fromfile(folder / name, np.uint16).tolist()
         assert tokens == [token for text in expected for token in [*text.encode(), 256]]
     assert train.prepare(args) == folder and [p.name for p in Path("data").iterdir()] == [folder.name]
+
+
+def test_a_second_run_that_prepares_the_same_text_takes_what_the_faster_one_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, args, _ = train.settings([])
+    monkeypatch.setattr(train, "stdlib_files", lambda real=train.stdlib_files(): real[:30])
+    folder = train.prepare(args)
+    others = folder.rename("others")
+    real = train.documents
+
+    def while_another_run_finishes(*arguments):
+        yield from real(*arguments)
+        others.rename(folder)
+
+    monkeypatch.setattr(train, "documents", while_another_run_finishes)
+    stamp = (others / "train.bin").stat().st_mtime_ns
+    assert train.prepare(args) == folder and [p.name for p in Path("data").iterdir()] == [folder.name]
+    assert (folder / "train.bin").stat().st_mtime_ns == stamp
 
 
 def test_diverging_run_stops_and_full_disk_keeps_the_old_checkpoint(trained):
