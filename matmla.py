@@ -42,6 +42,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 @dataclass
@@ -636,19 +637,29 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 
 
 def attend_one(q, k, v, positions, scale):
-    """`attend` for one new token on a GPU, by the fastest call of torch whose number of keys is known to the device only."""
+    """`attend` for one new token on a GPU, where the number of keys is known to the device only.
+
+    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. For the
+    one row of keys that one sequence has in a latent attention, to tell the kernel how many takes longer than that saves.
+    """
     B, S, n_kv, w = k.shape
-    if B == 1 or B < 32 and n_kv == 1 or w > 256 or w % 8:                      # too few for flash, or wider than it can do
-        scores = (q[:, 0].unflatten(1, (n_kv, -1)) * scale @ k.transpose(1, 2).mT).float()    # [B,n_kv,group,S]
+    q, k, v = q[:, 0].unflatten(1, (n_kv, -1)), k.transpose(1, 2), v.transpose(1, 2)    # heads of a group: just more queries
+    if torch.compiler.is_compiling() and B * n_kv > 1 and 16 <= w <= 256:
+        used, piece = positions // 128 + 1, torch.arange(-(-S // 128), device=q.device)
+        mask = BlockMask.from_kv_blocks(
+            used.int().view(1, 1, 1), piece.int().view(1, 1, 1, -1), BLOCK_SIZE=128, seq_lengths=(q.shape[2], S),
+            mask_mod=lambda b, h, i, key: key <= positions[0], compute_q_blocks=False,
+        )
+        tile = 2 * 2 * 64 * (1 << (w - 1).bit_length())                         # bytes of 64 keys and values on the chip
+        chip = torch.cuda.get_device_properties()
+        options = dict(BLOCK_N=64, num_warps=4, num_stages=max(1, min(3, chip.shared_memory_per_block_optin // tile)))
+        options["SPLIT_KV"] = max(1, min(2 * chip.multi_processor_count // (B * n_kv), S // 64))
+        o = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
+    else:
+        scores = (q * scale @ k.mT).float()                                     # [B,n_kv,group,S]
         p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
-        return (p.to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)[:, None]
-    v_wide = F.pad(v, (0, w - v.shape[-1]))
-    ends = torch.arange(B + 1, device=q.device, dtype=torch.int32)              # flash: S rows for every sequence,
-    used = (positions + 1).int().expand(B).contiguous()                         # of which so many are in use
-    flash = torch.ops.aten._flash_attention_forward                             # varlen_attn(seqused_k=...) from torch 2.12 on
-    k, v_wide = k.flatten(0, 1), v_wide.flatten(0, 1)
-    o, *_ = flash(q[:, 0], k, v_wide, ends, ends * S, 1, S, 0.0, False, False, scale=scale, seqused_k=used)
-    return o[:, None, :, : v.shape[-1]]
+        o = p.to(v.dtype) @ v
+    return o.flatten(1, 2)[:, None]
 
 
 def graph_rows(tokens):
@@ -657,9 +668,12 @@ def graph_rows(tokens):
 
 
 @functools.cache
-def compiled_block():
+def compiled_block(batch):
     """Block.forward, compiled once for all layers; as it is where there is no compiler."""
-    return torch.compile(Block.forward, dynamic=False, fullgraph=True) if importlib.util.find_spec("triton") else Block.forward
+    if not importlib.util.find_spec("triton"):
+        return Block.forward
+    tuned = {"coordinate_descent_tuning": batch == 1}                           # then products fuse with what is around them
+    return torch.compile(Block.forward, dynamic=False, fullgraph=True, options=tuned)
 
 
 class Part(nn.Module):
@@ -673,6 +687,24 @@ class Part(nn.Module):
         return x[..., self.start : self.stop]
 
 
+def linear(weight):
+    W = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    W.weight = nn.Parameter(weight)
+    return W
+
+
+def read_folded(self, x, memory, positions, heads):
+    """`read_absorbed` of a latent attention whose W_UQ leads into the latent and whose W_O leads out of it."""
+    m = slice_width(heads, self.n_h)
+    c_Q = self.norm_Q(self.W_DQ(x))
+    q_latent = first_rows(self.W_UQ, c_Q, m * self.d_c).unflatten(-1, (-1, self.d_c))
+    q_R = first_rows(self.W_QR, c_Q, m * self.d_R).unflatten(-1, (-1, self.d_R))
+    q = torch.cat((q_latent, rope(q_R, positions, self.rope_base, self.rope_width)), -1)
+    row = memory.unsqueeze(2)
+    o_latent = mask_heads(attend(q, row, row, positions, self.scale)[..., : self.d_c], heads)
+    return F.linear(o_latent.flatten(2), self.W_O.weight[:, : m * self.d_c])
+
+
 def join(block):
     """A copy of a block to decode with: matrices that multiply the same vector are one, behind the norm that made it.
 
@@ -680,6 +712,12 @@ def join(block):
     """
     block = copy.deepcopy(block, {id(p): p for p in block.parameters()})        # of the modules, not of their weights
     attention, feed_forward = block.attention, block.feed_forward
+    if attention.short > 1 and attention.W_UQ.bias is None:                     # into the latent and out of it in one product each
+        W_UQ, W_UK, W_UV = (W.weight.unflatten(0, (-1, attention.d_h)) for W in (attention.W_UQ, attention.W_UK, attention.W_UV))
+        W_O = attention.W_O.weight.unflatten(1, (-1, attention.d_h))
+        attention.W_UQ = linear(torch.einsum("hdc,hdq->hcq", W_UK, W_UQ).flatten(0, 1))
+        attention.W_O = linear(torch.einsum("ohd,hdc->ohc", W_O, W_UV).flatten(1))
+        attention.read_absorbed = functools.partial(read_folded, attention)
     for owner, norm, module, names in (
         (block, "norm_attention", attention, ("W_Q", "W_K", "W_V")),
         (block, "norm_attention", attention, ("W_DQ", "W_DKV", "W_KR")),
@@ -688,8 +726,7 @@ def join(block):
     ):
         matrices = [getattr(module, name, None) for name in names]
         if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
-            joined, stop = nn.Linear(1, 1, bias=False, device="meta"), 0
-            joined.weight = nn.Parameter(torch.cat([W.weight for W in matrices]))
+            joined, stop = linear(torch.cat([W.weight for W in matrices])), 0
             setattr(owner, norm, nn.Sequential(getattr(owner, norm), joined))
             for name, W in zip(names, matrices):
                 start, stop = stop, stop + W.out_features
@@ -707,7 +744,7 @@ class Step:
         self.model, self.cache, self.choose, self.generator = model, cache, choose, generator
         self.token = torch.zeros(cache.rows.shape[1], 1, dtype=torch.long, device=cache.rows.device)
         self.position = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
-        self.blocks = [functools.partial(compiled_block(), join(block)) for block in model.blocks]
+        self.blocks = [functools.partial(compiled_block(len(self.token)), join(block)) for block in model.blocks]
         self.graphs = {}
 
     def __call__(self, token, m):

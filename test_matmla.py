@@ -544,16 +544,21 @@ def test_decoding_by_position_equals_decoding_by_length(attention):
     assert error(other.rows[:, :, :T], cache.rows[:, :, :T]) < TIGHT
 
 
-@pytest.mark.parametrize("n_kv", [1, 2, 6])
-def test_attend_one_by_matmuls_equals_attend(n_kv):
-    q, rows, position = torch.randn(B, 1, 6, 12), torch.randn(B, 20, n_kv, 12), torch.tensor([13])
-    expected = attend(q, rows[:, :14], rows[:, :14], position, 0.3)
-    assert error(matmla.attend_one(q, rows, rows, position, 0.3), expected) < LOOSE
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("B, n_kv, S, position", [(2, 1, 20, 13), (2, 2, 128, 127), (1, 6, 300, 127), (2, 1, 300, 128), (2, 2, 300, 299)])
+def test_attend_one_equals_attend(B, n_kv, S, position, compiling, monkeypatch):
+    chip = types.SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: chip)
+    q, rows = torch.randn(B, 1, 6, 16), torch.randn(B, S, n_kv, 16)
+    expected = attend(q, rows[:, : position + 1], rows[:, : position + 1], torch.tensor([position]), 0.3)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert error(matmla.attend_one(q, rows, rows, torch.tensor([position]), 0.3), expected) < LOOSE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_variant
-@pytest.mark.parametrize("batch", [2, 40])
+@pytest.mark.parametrize("batch", [1, 40])
 def test_cuda_graphs_decode_like_the_cpu_with_one_graph_per_budget(attention, batch, monkeypatch):
     model, tokens = make(attention, dtype=torch.float32, d_h=16, d_c=24, d_R=8), some_tokens(batch)
     budgets = budgets_of(attention)
