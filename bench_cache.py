@@ -6,8 +6,8 @@ What one token costs in the cache of every variant, by the formula and as real t
     python bench_cache.py --preset deepseek-v3     published models, sizes only
     python bench_cache.py --switch out             a trained model's perplexity when the budget changes after a prefix
 
-The last line of output is the same as one JSON object. For the first two, figures go to --out: cache_row.png, what a token
-leaves, to scale; bench_cache.png, size and speed against context.
+The last line of output is the same as one JSON object. Figures go to --out: cache_row.png, what a token leaves, to scale, and
+bench_cache.png, size and speed against context, of the first two; switch.png of the last.
 """
 
 import argparse
@@ -308,6 +308,23 @@ def switching(run, device, count=128):
     return c.attention, {a: {b: perplexity(loss) for b, loss in row.items()} for a, row in table.items()}
 
 
+def draw_switching(tables, path):
+    """A panel per run of {run: {a: {b: perplexity}}}: how many percent each b loses or wins by a prefix that b did not write."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 3 * len(tables), 3.2), layout="constrained")
+    for axes, (run, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+        change = [[100 * (x / table[b][b] - 1) for b, x in row.items()] for row in table.values()]
+        axes.imshow(change, cmap="RdBu_r", vmin=-1, vmax=1)
+        for y, (row, perplexities) in enumerate(zip(change, table.values())):
+            for x, (percent, value) in enumerate(zip(row, perplexities.values())):
+                axes.text(x, y, f"{value:.2f}\n{percent:+.2f}%", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(table)), table)
+        axes.set_yticks(range(len(table)), table)
+        axes.set(xlabel="heads that read", ylabel="heads that wrote the prefix", title=run)
+    figure.savefig(path, dpi=150)
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--preset", default="tiny", choices=[*PRESETS, "deepseek-v3"], help="sizes of the model")
@@ -332,6 +349,7 @@ def bench(args):
             for a, row in table.items():
                 print(f"| {a} | " + " | ".join(f"{x:.3f}" for x in row.values()) + " |")
             print()
+        draw_switching(result["perplexity"], args.out / "switch.png")
     elif args.preset == "deepseek-v3":
         result["sizes"] = [row for model, config in PUBLISHED.items() for row in sizes(model, config, device)]
         print_sizes(result["sizes"])

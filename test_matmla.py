@@ -1328,6 +1328,8 @@ def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monk
         logits = model(x[None, :-1], heads=8)[0][0]
         losses.append(nn.functional.cross_entropy(logits[16:], x[17:]).item())
     assert table[8][8] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    bench_cache.draw_switching({"one": table, "two": table}, "switch.png")
+    assert Path("switch.png").stat().st_size > 5000
 
 
 # ---------------------------------------------------------------- pretrained models: transmla.py
