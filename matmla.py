@@ -644,7 +644,7 @@ def attend_one(q, k, v, positions, scale):
     """
     B, S, n_kv, w = k.shape
     q, k, v = q[:, 0].unflatten(1, (n_kv, -1)), k.transpose(1, 2), v.transpose(1, 2)    # heads of a group: just more queries
-    if torch.compiler.is_compiling() and B * n_kv > 1 and 16 <= w <= 256:
+    if torch.compiler.is_compiling() and B * n_kv > 1 and 16 <= v.shape[-1] <= w <= 256:    # what the kernel can do
         used, piece = positions // 128 + 1, torch.arange(-(-S // 128), device=q.device)
         mask = BlockMask.from_kv_blocks(
             used.int().view(1, 1, 1), piece.int().view(1, 1, 1, -1), BLOCK_SIZE=128, seq_lengths=(q.shape[2], S),
@@ -668,11 +668,11 @@ def graph_rows(tokens):
 
 
 @functools.cache
-def compiled_block(batch):
+def compiled_block(lone):
     """Block.forward, compiled once for all layers; as it is where there is no compiler."""
     if not importlib.util.find_spec("triton"):
         return Block.forward
-    tuned = {"coordinate_descent_tuning": batch == 1}                           # then products fuse with what is around them
+    tuned = {"coordinate_descent_tuning": lone}                                 # a lone sequence's products fuse with the rest
     return torch.compile(Block.forward, dynamic=False, fullgraph=True, options=tuned)
 
 
@@ -744,7 +744,7 @@ class Step:
         self.model, self.cache, self.choose, self.generator = model, cache, choose, generator
         self.token = torch.zeros(cache.rows.shape[1], 1, dtype=torch.long, device=cache.rows.device)
         self.position = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
-        self.blocks = [functools.partial(compiled_block(len(self.token)), join(block)) for block in model.blocks]
+        self.blocks = [functools.partial(compiled_block(len(self.token) == 1), join(block)) for block in model.blocks]
         self.graphs = {}
 
     def __call__(self, token, m):
