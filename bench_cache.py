@@ -142,8 +142,7 @@ def decode(config, reader, m, batch, length, device):
     cache, token = model.new_cache(batch, length), torch.zeros(batch, 1, dtype=torch.long, device=device)
     for rows in cache.rows:
         rows.normal_()
-    folds = device.type == "cuda" and config.attention in ("mha", "nested_mha", "gqa")
-    matmla.attend_one = attend_all if folds else attend_one
+    matmla.attend_one = attend_all if config.attention in ("mha", "nested_mha") else attend_one
     step = Step(model, cache, lambda logits: logits.argmax(-1, keepdim=True)) if device.type == "cuda" else None
 
     def once():
@@ -162,7 +161,7 @@ def attention_read(config, batch, length, device):
     rows = torch.randn(batch, length, n_kv, width * (1 if absorbed else 2), device=device, dtype=torch.bfloat16)
     k, v = (rows, rows) if absorbed else rows.chunk(2, -1)
     q = torch.randn(batch, 1, c.n_h, width, device=device, dtype=torch.bfloat16)
-    read = torch.compile(attend_one if absorbed else attend_all, dynamic=False)
+    read = torch.compile(attend_all, dynamic=False)
     position = torch.tensor([length - 1], device=device)
     read(q, k, v, position, 0.1)
     graph = torch.cuda.CUDAGraph()

@@ -688,6 +688,7 @@ class Part(nn.Module):
 
 
 def linear(weight):
+    """A Linear without bias that has this weight."""
     W = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
     W.weight = nn.Parameter(weight)
     return W
@@ -695,14 +696,10 @@ def linear(weight):
 
 def read_folded(self, x, memory, positions, heads):
     """`read_absorbed` of a latent attention whose W_UQ leads into the latent and whose W_O leads out of it."""
-    m = slice_width(heads, self.n_h)
-    c_Q = self.norm_Q(self.W_DQ(x))
-    q_latent = first_rows(self.W_UQ, c_Q, m * self.d_c).unflatten(-1, (-1, self.d_c))
-    q_R = first_rows(self.W_QR, c_Q, m * self.d_R).unflatten(-1, (-1, self.d_R))
-    q = torch.cat((q_latent, rope(q_R, positions, self.rope_base, self.rope_width)), -1)
+    q = torch.cat(self.queries(x, positions, heads), -1)
     row = memory.unsqueeze(2)
-    o_latent = mask_heads(attend(q, row, row, positions, self.scale)[..., : self.d_c], heads)
-    return F.linear(o_latent.flatten(2), self.W_O.weight[:, : m * self.d_c])
+    o_latent = mask_heads(attend(q, row, row, positions, self.scale)[..., : self.d_c], heads).flatten(2)
+    return F.linear(o_latent, self.W_O.weight[:, : o_latent.shape[-1]])
 
 
 def join(block):
@@ -717,6 +714,7 @@ def join(block):
         W_O = attention.W_O.weight.unflatten(1, (-1, attention.d_h))
         attention.W_UQ = linear(torch.einsum("hdc,hdq->hcq", W_UK, W_UQ).flatten(0, 1))
         attention.W_O = linear(torch.einsum("ohd,hdc->ohc", W_O, W_UV).flatten(1))
+        attention.d_h = attention.d_c                                           # as wide as heads now are
         attention.read_absorbed = functools.partial(read_folded, attention)
     for owner, norm, module, names in (
         (block, "norm_attention", attention, ("W_Q", "W_K", "W_V")),

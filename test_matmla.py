@@ -556,6 +556,15 @@ def test_attend_one_equals_attend(B, n_kv, S, position, compiling, monkeypatch):
     assert error(matmla.attend_one(q, rows, rows, torch.tensor([position]), 0.3), expected) < LOOSE
 
 
+@pytest.mark.parametrize("B, n_kv, w, w_v", [(1, 1, 16, 16), (2, 6, 20, 12), (2, 1, 288, 288)])
+def test_attend_one_leaves_what_the_kernel_is_bad_at_to_products(B, n_kv, w, w_v, monkeypatch):
+    q, k, v, position = torch.randn(B, 1, 6, w), torch.randn(B, 20, n_kv, w), torch.randn(B, 20, n_kv, w_v), torch.tensor([13])
+    expected = attend(q, k[:, :14], v[:, :14], position, 0.3)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(matmla, "flex_attention", lambda *a, **k: pytest.fail("the kernel was called"))
+    assert error(matmla.attend_one(q, k, v, position, 0.3), expected) < LOOSE
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_variant
 @pytest.mark.parametrize("batch", [1, 40])
