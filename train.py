@@ -396,7 +396,8 @@ def compiled(model):
     if hasattr(triton, "mix_order_reduction"):                                  # from torch 2.10 on, a fusion that can make
         triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    model.loss = torch.compile(model.loss, dynamic=False, options={"max_autotune_pointwise": True})    # 10% faster, one kernel pair
+    tuned = {"max_autotune_pointwise": True}                                    # the largest tensor there is: 10% faster so
+    model.loss = torch.compile(model.loss, dynamic=False, options=tuned)
     for block in model.blocks:
         block.compile(dynamic=False)
     return model
