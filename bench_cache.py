@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import matmla
-from matmla import ATTENTION, GPT, Config, Step, attend_one
+import decode
+from decode import attend_one
+from matmla import ATTENTION, GPT, Config
 from train import PRESETS, Parser, load, load_checkpoint, make_config, pick_device, perplexity, prepare, read_tokens, windows
 
 PUBLISHED = {    # sizes from the models' own config files; DeepSeek-V3's hardware paper (arXiv:2505.09343) compares them
@@ -132,7 +133,7 @@ def random_model(config, device):
 
 
 @torch.no_grad()
-def decode(config, reader, m, batch, length, device):
+def decode_step(config, reader, m, batch, length, device):
     """Seconds of one decoding step that finds `length` - 1 tokens in the cache, of a model with random weights."""
     torch.manual_seed(0)
     model = random_model(config, device)
@@ -142,8 +143,8 @@ def decode(config, reader, m, batch, length, device):
     cache, token = model.new_cache(batch, length), torch.zeros(batch, 1, dtype=torch.long, device=device)
     for rows in cache.rows:
         rows.normal_()
-    matmla.attend_one = attend_all if config.attention in ("mha", "nested_mha") else attend_one
-    step = Step(model, cache, lambda logits: logits.argmax(-1, keepdim=True)) if device.type == "cuda" else None
+    decode.attend_one = attend_all if config.attention in ("mha", "nested_mha") else attend_one
+    step = decode.Step(model, cache, lambda logits: logits.argmax(-1, keepdim=True)) if device.type == "cuda" else None
 
     def once():
         cache.length = length - 1
@@ -191,7 +192,7 @@ def speeds(config, shapes, device):
                                       ("matmla", "naive", config.budgets[:1]), ("matmla", "absorbed", config.budgets)):
             c = dataclasses.replace(config, attention=name, context=length)
             for m in budgets or (c.n_h,):
-                step = decode(c, reader, m, batch, length, device)
+                step = decode_step(c, reader, m, batch, length, device)
                 read = formula(c, m) * c.n_layer * 2 * batch * length
                 row = dict(batch=batch, length=length, variant=name, reader=reader, heads=m, step=step,
                            tokens_per_second=batch / step, cache_bytes=read, bandwidth=read / step, copy_bandwidth=copied)

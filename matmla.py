@@ -33,16 +33,13 @@ Every attention below has the same beats in the same order, so that `diff` of tw
   read_absorbed  (latents only) the same result, without ever making keys and values
 """
 
-import copy
 import functools
-import importlib.util
 import operator
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 @dataclass
@@ -113,8 +110,6 @@ def attend(q, k, v, positions, scale):
     Returns [B, T, n, w_v].
     """
     T, S, group, w_v = q.shape[1], k.shape[1], q.shape[2] // k.shape[2], v.shape[-1]
-    if T == 1 < S and q.is_cuda and q.dtype == k.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return attend_one(q, k, v, positions, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # [B,n,T,w], [B,n_kv,S,·]
     if q.device.type == "cpu":
         v = F.pad(v, (0, q.shape[-1] - w_v))                                    # the CPU's fast kernel wants one width
@@ -136,8 +131,8 @@ def slice_width(heads, n_h):
 
 def first_rows(W, x, n):
     """The first n numbers of W(x), without computing the others."""
-    if isinstance(W, Part):
-        return W(x)[..., :n]
+    if type(W) is not nn.Linear:
+        return W(x)[..., :n]                                                    # decode.py has computed them already
     return F.linear(x, W.weight[:n], None if W.bias is None else W.bias[:n])
 
 
@@ -202,6 +197,7 @@ class Attention(nn.Module):
 
     nested = False    # True: the first m heads alone are a working attention, for every m
     short = 0         # fewer new tokens than this, read from a cache, are read absorbed
+    attend = staticmethod(attend)    # decode.py has a faster one for one new token on a GPU
 
     def forward(self, x, heads=None, cache=None):
         """x [B, T, d] -> [B, T, d]. heads: the budget, all heads if None; or one budget per sequence or part of the batch.
@@ -266,7 +262,7 @@ class MHA(Attention):
         k, v = memory.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1)            # [B,S,h,d_h] each
         q = self.W_Q(x).unflatten(-1, (-1, self.d_h))                           # (1) (4)
         q = rope(q, positions, self.rope_base)
-        o = attend(q, k, v, positions, self.d_h**-0.5)                          # (7)
+        o = self.attend(q, k, v, positions, self.d_h**-0.5)                     # (7)
         return self.W_O(o.flatten(2))                                           # (8)
 
 
@@ -306,7 +302,7 @@ class NestedMHA(Attention):
             raise ValueError(f"{m} heads asked, but the tokens so far left keys and values for {k.shape[2]}")
         q = first_rows(self.W_Q, x, m * self.d_h).unflatten(-1, (-1, self.d_h))  # (1) (4)
         q = rope(q, positions, self.rope_base)
-        o = mask_heads(attend(q, k, v, positions, self.d_h**-0.5), heads)       # (7)
+        o = mask_heads(self.attend(q, k, v, positions, self.d_h**-0.5), heads)  # (7)
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (8)
 
 
@@ -338,7 +334,7 @@ class GQA(Attention):
         k, v = memory.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1)            # [B,S,n_kv,d_h] each
         q = self.W_Q(x).unflatten(-1, (-1, self.d_h))
         q = rope(q, positions, self.rope_base)
-        o = attend(q, k, v, positions, self.d_h**-0.5)                          # head h reads k, v of h // (n_h / n_kv)
+        o = self.attend(q, k, v, positions, self.d_h**-0.5)                     # head h reads k, v of h // (n_h / n_kv)
         return self.W_O(o.flatten(2))
 
 
@@ -388,7 +384,7 @@ class MLA(Attention):
         k_R = k_R.unsqueeze(2).expand(-1, -1, k_C.shape[2], -1)                 # one key for all heads
         k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,h,d_h+d_R]
         q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,h,d_h+d_R]
-        o = attend(q, k, v_C, positions, self.scale)                            # (46) [B,T,h,d_h]
+        o = self.attend(q, k, v_C, positions, self.scale)                       # (46) [B,T,h,d_h]
         return self.W_O(o.flatten(2))                                           # (47)
 
     def read_absorbed(self, x, memory, positions, heads):
@@ -398,7 +394,7 @@ class MLA(Attention):
         q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                    # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
         q = torch.cat((q_latent, q_R), -1)                                      # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]  # (46), in the latent [B,T,h,d_c]
+        o_latent = self.attend(q, row, row, positions, self.scale)[..., : self.d_c]  # (46), in the latent [B,T,h,d_c]
         o = torch.einsum("bthc,hdc->bthd", o_latent, W_UV)                      # Σ p (W_UV c) = W_UV Σ p c
         return self.W_O(o.flatten(2))                                           # (47)
 
@@ -453,7 +449,7 @@ class MatMLA(Attention):
         k_R = k_R.unsqueeze(2).expand(-1, -1, k_C.shape[2], -1)                 # one key for all heads
         k = torch.cat((k_C, k_R), -1)                                           # (44) [B,S,h,d_h+d_R]
         q = torch.cat(self.queries(x, positions, heads), -1)                    # (40) [B,T,h,d_h+d_R]
-        o = mask_heads(attend(q, k, v_C, positions, self.scale), heads)         # (46)
+        o = mask_heads(self.attend(q, k, v_C, positions, self.scale), heads)    # (46)
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (47)
 
     def read_absorbed(self, x, memory, positions, heads):
@@ -464,7 +460,7 @@ class MatMLA(Attention):
         q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)                    # q_Cᵀ(W_UK c) = (W_UKᵀ q_C)ᵀc
         q = torch.cat((q_latent, q_R), -1)                                      # [B,T,h,d_c+d_R], as wide as a row:
         row = memory.unsqueeze(2)                                               # the row is key and value of all heads
-        o_latent = attend(q, row, row, positions, self.scale)[..., : self.d_c]  # (46), in the latent [B,T,h,d_c]
+        o_latent = self.attend(q, row, row, positions, self.scale)[..., : self.d_c]  # (46), in the latent [B,T,h,d_c]
         o = mask_heads(torch.einsum("bthc,hdc->bthd", o_latent, W_UV), heads)   # Σ p (W_UV c) = W_UV Σ p c
         return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])       # (47)
 
@@ -602,9 +598,11 @@ class GPT(nn.Module):
         choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         context, capacity = self.config.context, tokens.shape[1] + n
         if tokens.is_cuda:
-            capacity = graph_rows(capacity)
+            import decode                                                       # the same steps, each of them one CUDA graph
+
+            capacity = decode.graph_rows(capacity)
         cache = self.new_cache(len(tokens), min(capacity, context))
-        step = Step(self, cache, choose, generator) if tokens.is_cuda else None
+        step = decode.Step(self, cache, choose, generator) if tokens.is_cuda else None
         new = tokens = tokens[:, -context:]
         for m in budgets:
             if cache.length == context:
@@ -631,141 +629,3 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     p = p * (p.cumsum(-1) - p < top_p)                                          # the fewest that together reach top_p
     race = p / torch.empty_like(p).exponential_(generator=generator)            # its winner is a sample of p: no host needed
     return order.gather(-1, race.argmax(-1, keepdim=True))
-
-
-# ---------------------------------------------------------------- one token on a GPU, fast; nothing here is needed to understand
-
-
-def attend_one(q, k, v, positions, scale):
-    """`attend` for one new token on a GPU, where the number of keys is known to the device only.
-
-    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. For the
-    one row of keys that one sequence has in a latent attention, to tell the kernel how many takes longer than that saves.
-    """
-    B, S, n_kv, w = k.shape
-    q, k, v = q[:, 0].unflatten(1, (n_kv, -1)), k.transpose(1, 2), v.transpose(1, 2)    # heads of a group: just more queries
-    if torch.compiler.is_compiling() and B * n_kv > 1 and 16 <= v.shape[-1] <= w <= 256:    # what the kernel can do
-        used, piece = positions // 128 + 1, torch.arange(-(-S // 128), device=q.device)
-        mask = BlockMask.from_kv_blocks(
-            used.int().view(1, 1, 1), piece.int().view(1, 1, 1, -1), BLOCK_SIZE=128, seq_lengths=(q.shape[2], S),
-            mask_mod=lambda b, h, i, key: key <= positions[0], compute_q_blocks=False,
-        )
-        tile = 2 * 2 * 64 * (1 << (w - 1).bit_length())                         # bytes of 64 keys and values on the chip
-        chip = torch.cuda.get_device_properties()
-        options = dict(BLOCK_N=64, num_warps=4, num_stages=max(1, min(3, chip.shared_memory_per_block_optin // tile)))
-        options["SPLIT_KV"] = max(1, min(2 * chip.multi_processor_count // (B * n_kv), S // 64))
-        o = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
-    else:
-        scores = (q * scale @ k.mT).float()                                     # [B,n_kv,group,S]
-        p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
-        o = p.to(v.dtype) @ v
-    return o.flatten(1, 2)[:, None]
-
-
-def graph_rows(tokens):
-    """How many rows a graph reads for so many tokens: a power of two, so that few sizes are compiled."""
-    return max(1024, 1 << (tokens - 1).bit_length())
-
-
-@functools.cache
-def compiled_block(lone):
-    """Block.forward, compiled once for all layers; as it is where there is no compiler."""
-    if not importlib.util.find_spec("triton"):
-        return Block.forward
-    tuned = {"coordinate_descent_tuning": lone}                                 # a lone sequence's products fuse with the rest
-    return torch.compile(Block.forward, dynamic=False, fullgraph=True, options=tuned)
-
-
-class Part(nn.Module):
-    """In place of a Linear: its numbers, out of a product that was made before."""
-
-    def __init__(self, start, stop):
-        super().__init__()
-        self.start, self.stop = start, stop
-
-    def forward(self, x):
-        return x[..., self.start : self.stop]
-
-
-def linear(weight):
-    """A Linear without bias that has this weight."""
-    W = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    W.weight = nn.Parameter(weight)
-    return W
-
-
-def read_folded(self, x, memory, positions, heads):
-    """`read_absorbed` of a latent attention whose W_UQ leads into the latent and whose W_O leads out of it."""
-    q = torch.cat(self.queries(x, positions, heads), -1)
-    row = memory.unsqueeze(2)
-    o_latent = mask_heads(attend(q, row, row, positions, self.scale)[..., : self.d_c], heads).flatten(2)
-    return F.linear(o_latent, self.W_O.weight[:, : o_latent.shape[-1]])
-
-
-def join(block):
-    """A copy of a block to decode with: matrices that multiply the same vector are one, behind the norm that made it.
-
-    One token is so little work that the number of products counts, not their size.
-    """
-    block = copy.deepcopy(block, {id(p): p for p in block.parameters()})        # of the modules, not of their weights
-    attention, feed_forward = block.attention, block.feed_forward
-    if attention.short > 1 and attention.W_UQ.bias is None:                     # into the latent and out of it in one product each
-        W_UQ, W_UK, W_UV = (W.weight.unflatten(0, (-1, attention.d_h)) for W in (attention.W_UQ, attention.W_UK, attention.W_UV))
-        W_O = attention.W_O.weight.unflatten(1, (-1, attention.d_h))
-        attention.W_UQ = linear(torch.einsum("hdc,hdq->hcq", W_UK, W_UQ).flatten(0, 1))
-        attention.W_O = linear(torch.einsum("ohd,hdc->ohc", W_O, W_UV).flatten(1))
-        attention.d_h = attention.d_c                                           # as wide as heads now are
-        attention.read_absorbed = functools.partial(read_folded, attention)
-    for owner, norm, module, names in (
-        (block, "norm_attention", attention, ("W_Q", "W_K", "W_V")),
-        (block, "norm_attention", attention, ("W_DQ", "W_DKV", "W_KR")),
-        (attention, "norm_Q", attention, ("W_UQ", "W_QR")),
-        (block, "norm_feed_forward", feed_forward, ("W_gate", "W_up")),
-    ):
-        matrices = [getattr(module, name, None) for name in names]
-        if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
-            joined, stop = linear(torch.cat([W.weight for W in matrices])), 0
-            setattr(owner, norm, nn.Sequential(getattr(owner, norm), joined))
-            for name, W in zip(names, matrices):
-                start, stop = stop, stop + W.out_features
-                setattr(module, name, Part(start, stop))
-    return block
-
-
-class Step:
-    """One decoding step on a GPU as a CUDA graph: the host starts it with one call, and never waits.
-
-    There is one graph per budget, and per doubling of the length beyond 1024: a graph reads a fixed number of rows.
-    """
-
-    def __init__(self, model, cache, choose, generator=None):
-        self.model, self.cache, self.choose, self.generator = model, cache, choose, generator
-        self.token = torch.zeros(cache.rows.shape[1], 1, dtype=torch.long, device=cache.rows.device)
-        self.position = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
-        self.blocks = [functools.partial(compiled_block(len(self.token) == 1), join(block)) for block in model.blocks]
-        self.graphs = {}
-
-    def __call__(self, token, m):
-        """The token after token [B, 1], [B, 1], which the next call overwrites. m: the budget, as `heads` in GPT.forward."""
-        S = min(self.cache.rows.shape[2], graph_rows(self.cache.length + 1))
-        self.token.copy_(token)
-        self.position.fill_(self.cache.length)
-        if (m, S) not in self.graphs:
-            view = Cache(self.cache.rows[:, :, :S], self.cache.heads, position=self.position)
-
-            def logits():
-                return self.model.unembed(self.model.hidden(self.token, m, view, self.blocks)[:, -1])
-
-            with torch._dynamo.config.patch(recompile_limit=64):                # budgets, lengths and batches
-                logits()                                                        # compiles; then record, which runs nothing
-            with torch.cuda.device(token.device):
-                graph = torch.cuda.CUDAGraph()
-                if self.generator:
-                    graph.register_generator_state(self.generator)
-                with torch.cuda.graph(graph):
-                    new = self.choose(logits())
-            self.graphs[m, S] = graph, new
-        graph, new = self.graphs[m, S]
-        graph.replay()
-        self.cache.length += 1
-        return new

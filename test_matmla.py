@@ -31,6 +31,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_cache
+import decode
 import matmla
 import train
 from matmla import ATTENTION, GPT, Cache, Config, attend, rope, sample
@@ -171,12 +172,10 @@ def test_softmax_scale_is_one_over_root_of_whole_query_width():
     """1/√(d_h + d_R), not 1/√d_h: with one key far ahead of the others, the two differ by much."""
     for attention, width in (("mla", 18), ("matmla", 18), ("mha", 10), ("nested_mha", 10), ("gqa", 10)):
         scales = []
-        real = matmla.attend
-        try:
-            matmla.attend = lambda q, k, v, positions, scale: (scales.append(scale), real(q, k, v, positions, scale))[1]
-            make(attention)(some_tokens())
-        finally:
-            matmla.attend = real
+        model = make(attention)
+        for block in model.blocks:
+            block.attention.attend = lambda *given: (scales.append(given[-1]), attend(*given))[1]
+        model(some_tokens())
         assert scales == [width**-0.5] * SIZES["n_layer"], attention
 
 
@@ -535,7 +534,7 @@ def test_decoding_by_position_equals_decoding_by_length(attention):
     other.rows.fill_(7.0)                                                                          # nothing unused may be read
     for c in (cache, other):
         model(tokens[:, :9], cache=c)
-    blocks = [matmla.join(block) for block in model.blocks]
+    blocks = [decode.join(block) for block in model.blocks]
     position = torch.tensor([8])
     view = Cache(other.rows[:, :, :16], other.heads, position=position)
     for m, token in zip(budgets_of(attention) * 4, tokens[:, 9:].split(1, 1)):
@@ -553,7 +552,7 @@ def test_attend_one_equals_attend(B, n_kv, S, position, compiling, monkeypatch):
     q, rows = torch.randn(B, 1, 6, 16), torch.randn(B, S, n_kv, 16)
     expected = attend(q, rows[:, : position + 1], rows[:, : position + 1], torch.tensor([position]), 0.3)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    assert error(matmla.attend_one(q, rows, rows, torch.tensor([position]), 0.3), expected) < LOOSE
+    assert error(decode.attend_one(q, rows, rows, torch.tensor([position]), 0.3), expected) < LOOSE
 
 
 @pytest.mark.parametrize("B, n_kv, w, w_v", [(1, 1, 16, 16), (2, 6, 20, 12), (2, 1, 288, 288)])
@@ -561,8 +560,8 @@ def test_attend_one_leaves_what_the_kernel_is_bad_at_to_products(B, n_kv, w, w_v
     q, k, v, position = torch.randn(B, 1, 6, w), torch.randn(B, 20, n_kv, w), torch.randn(B, 20, n_kv, w_v), torch.tensor([13])
     expected = attend(q, k[:, :14], v[:, :14], position, 0.3)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(matmla, "flex_attention", lambda *a, **k: pytest.fail("the kernel was called"))
-    assert error(matmla.attend_one(q, k, v, position, 0.3), expected) < LOOSE
+    monkeypatch.setattr(decode, "flex_attention", lambda *a, **k: pytest.fail("the kernel was called"))
+    assert error(decode.attend_one(q, k, v, position, 0.3), expected) < LOOSE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -573,8 +572,8 @@ def test_cuda_graphs_decode_like_the_cpu_with_one_graph_per_budget(attention, ba
     budgets = budgets_of(attention)
     heads = [m for m in budgets for _ in range(8)] * 2
     steps = []
-    real = matmla.Step.__init__
-    monkeypatch.setattr(matmla.Step, "__init__", lambda self, *a: (steps.append(self), real(self, *a))[1])
+    real = decode.Step.__init__
+    monkeypatch.setattr(decode.Step, "__init__", lambda self, *a: (steps.append(self), real(self, *a))[1])
     expected = model.generate(tokens, len(heads), heads=heads, temperature=0)
     assert torch.equal(model.cuda().generate(tokens.cuda(), len(heads), heads=heads, temperature=0).cpu(), expected)
     assert len(steps[0].graphs) == len(budgets)
@@ -583,7 +582,7 @@ def test_cuda_graphs_decode_like_the_cpu_with_one_graph_per_budget(attention, ba
     for device in ("cpu", "cuda"):                                                                 # the kernels for bfloat16
         cache = half.to(device).new_cache(batch, 20)
         half.hidden(tokens.to(device), None, cache)
-        step = matmla.Step(half, cache, lambda x: x) if device == "cuda" else None
+        step = decode.Step(half, cache, lambda x: x) if device == "cuda" else None
         with torch.no_grad():
             token = tokens[:, :1].to(device)
             logits.append(step(token, budgets[-1]) if step else half(token, heads=budgets[-1], cache=cache)[0][:, -1])
@@ -961,7 +960,7 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("the cache does not count", 4, "any_chunking_equals_uncached", ("mla", 0, [7, 1, 5]), "self.length += new.shape[1]\n        return", "return"),
     ("a full cache is written with m heads only", None, "nested_mha_full_cache_computes_and_stores_all_heads_at_any_budget", (), "slice_width(heads, self.n_h)\n        k = first_rows(self.W_K", "2\n        k = first_rows(self.W_K"),
     ("nested MHA reads the first head twice", 5, "budget_m_is_a_separate_model_of_the_first_m_heads", ("nested_mha",), "[:, :, :m].chunk(2, -1)", "[:, :, [*range(m - 1), 0]].chunk(2, -1)"),
-    ("GQA's heads take keys in turn", 6, "logits_equal_oracle_at_every_budget", ("gqa", torch.float64, TIGHT), "o = attend(q, k, v, positions, self.d_h**-0.5)                          # head h", "o = attend(q.unflatten(2, (-1, self.n_kv)).transpose(2, 3).flatten(2, 3), k, v, positions, self.d_h**-0.5)  # head h"),
+    ("GQA's heads take keys in turn", 6, "logits_equal_oracle_at_every_budget", ("gqa", torch.float64, TIGHT), "o = self.attend(q, k, v, positions, self.d_h**-0.5)                     # head h", "o = self.attend(q.unflatten(2, (-1, self.n_kv)).transpose(2, 3).flatten(2, 3), k, v, positions, self.d_h**-0.5)  # head h"),
     ("the latent is cached before its norm", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("mla",), "c_KV = self.norm_KV(self.W_DKV(x)) ", "c_KV = self.W_DKV(x) "),
     ("k_R is cached before RoPE", 7, "cache_holds_the_normed_latent_and_the_rotated_key", ("matmla",), "k_R = rope(self.W_KR(x), positions, self.rope_base, self.rope_width)", "k_R = self.W_KR(x)"),
     ("the softmax scale forgets d_R", None, "softmax_scale_is_one_over_root_of_whole_query_width", (), "self.scale = (c.d_h + c.d_R) ** -0.5", "self.scale = c.d_h**-0.5"),
@@ -976,7 +975,6 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("the softmax scale of GQA is lost", 14, None, (), " * ((d_h + mla.d_R) / d_h) ** 0.5", ""),
     ("every head finds the values of the first group", 14, None, (), "torch.kron(own, torch.eye", "torch.kron(own * 0 + own[0], torch.eye"),
     ("a row that is not in use is read", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
-    ("a joined product is cut elsewhere", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "x[..., self.start : self.stop]", "x[..., : self.stop - self.start]"),
     ("a batch divided by budgets comes back in another order", None, "gradients_of_sliced_masked_and_divided_batches_agree", ("nested_mha",), "zip(x.split(len(x) // len(heads)), heads)]", "zip(x.split(len(x) // len(heads)), heads)][::-1]"),
     ("top-p cuts one token too many", None, "sampling_follows_the_distribution_that_top_k_and_top_p_leave", (), "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
 ]
@@ -996,6 +994,12 @@ def test_mutant_is_caught(what, number, test, arguments, old, new, monkeypatch):
             monkeypatch.setitem(globals(), name, getattr(lab, name))
         with pytest.raises((AssertionError, RuntimeError)):
             globals()["test_" + test](*arguments)
+
+
+def test_mutant_of_a_joined_product_that_is_cut_elsewhere_is_caught(monkeypatch):
+    monkeypatch.setattr(decode.Part, "forward", lambda self, x: x[..., : self.stop - self.start])
+    with pytest.raises((AssertionError, RuntimeError)):
+        test_decoding_by_position_equals_decoding_by_length("matmla")
 
 
 # ---------------------------------------------------------------- the scripts
@@ -1320,7 +1324,7 @@ def test_bench_times_every_variant(monkeypatch):
     config = Config(**SIZES | {"n_layer": 1})
     rows = bench_cache.speeds(config, [(2, 24)], torch.device("cpu"))
     assert [(row["variant"], row["reader"], row["heads"]) for row in rows][-3:] == [("matmla", "absorbed", m) for m in (6, 4, 1)]
-    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows) and matmla.attend_one.__module__ == "matmla"
+    assert all(row["step"] > 0 and row["to_mha"] > 0 for row in rows) and decode.attend_one.__module__ == "decode"
 
 
 def test_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, monkeypatch):
@@ -1697,7 +1701,7 @@ def test_transmla_leaves_training_a_way_into_the_part_without_rope():
         assert a.W_QR.weight.grad[a.W_QR.weight == 0].abs().min() > 0                              # other heads' slots too
 
 
-def test_mla_can_do_what_no_gqa_of_the_same_cache_can(monkeypatch):
+def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
     """The converse of TransMLA is false, twice.
 
     Values. A token that is alone sees itself, so the layer is a linear map of x, Σ_h W_O,h W_V,g(h) x. GQA caches as many
@@ -1727,9 +1731,8 @@ def test_mla_can_do_what_no_gqa_of_the_same_cache_can(monkeypatch):
             log_p.append(scores.log_softmax(-1))
             return attend(q, k, v, positions, scale)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(matmla, "attend", watch)
-            attention(torch.randn(1, 120, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4)
+        attention.attend = watch
+        attention(torch.randn(1, 120, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4)
         return torch.linalg.matrix_rank(log_p[0].flatten(0, 1), rtol=1e-9).item()
 
     mla = make("mla", **sizes | dict(d_c=16, d_R=16)).blocks[0].attention                          # the shape TransMLA makes
