@@ -398,9 +398,8 @@ def compiled(model):
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     tuned = {"max_autotune_pointwise": True}                                    # the largest tensor there is: 10% faster so
     model.loss = torch.compile(model.loss, dynamic=False, options=tuned)
-    tuned = {"realize_opcount_threshold": 16}                                   # RoPE's angles: once a token, not for every head
     for block in model.blocks:
-        block.compile(dynamic=False, options=tuned)
+        block.compile(dynamic=False)
     return model
 
 
