@@ -24,12 +24,12 @@ from matmla import Block, Cache, mask_heads
 def attend_one(q, k, v, positions, scale):
     """`attend` for one new token on a GPU, where the number of keys is known to the device only.
 
-    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. For the
-    one row of keys that one sequence has in a latent attention, to tell the kernel how many takes longer than that saves.
+    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. For one
+    short row of keys, as one sequence has in a latent attention, to tell the kernel how many takes longer than that saves.
     """
     B, S, n_kv, w = k.shape
     q, k, v = q[:, 0].unflatten(1, (n_kv, -1)), k.transpose(1, 2), v.transpose(1, 2)    # heads of a group: just more queries
-    if torch.compiler.is_compiling() and B * n_kv > 1 and 16 <= v.shape[-1] <= w <= 256:    # what the kernel can do
+    if torch.compiler.is_compiling() and (B * n_kv > 1 or S > 4096) and 16 <= v.shape[-1] <= w <= 256:    # what the kernel can do
         used, piece = positions // 128 + 1, torch.arange(-(-S // 128), device=q.device)
         mask = BlockMask.from_kv_blocks(
             used.int().view(1, 1, 1), piece.int().view(1, 1, 1, -1), BLOCK_SIZE=128, seq_lengths=(q.shape[2], S),
@@ -59,8 +59,8 @@ def compiled_block(lone):
         return Block.forward
     tuned = {
         "coordinate_descent_tuning": lone,                                      # a lone sequence's products fuse with the rest
-        "realize_opcount_threshold": 100,                                       # RoPE too: its angles are few, computed where used
-        "combo_kernels": True,                                                  # small steps that do not wait for each other
+        "combo_kernels": True,                                                  # what does not wait for each other is one kernel
+        "force_pointwise_cat": True, "realize_opcount_threshold": 100,          # no kernel of its own for RoPE, nor for joining
     }
     return torch.compile(Block.forward, dynamic=False, fullgraph=True, options=tuned)
 
@@ -83,6 +83,18 @@ def linear(weight):
     return W
 
 
+class NormLinear(nn.Module):
+    """RMSNorm and the product after it: W (g x / rms) is (W g) x / rms, and so neither waits for the other."""
+
+    def __init__(self, norm, weight):
+        super().__init__()
+        self.eps, self.product = norm.eps, linear(weight * norm.weight)
+
+    def forward(self, x):
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+        return (self.product(x) * (squares.mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+
+
 def read_folded(self, x, memory, positions, heads):
     """`read_absorbed` of a latent attention whose W_UQ leads into the latent and whose W_O leads out of it."""
     q = torch.cat(self.queries(x, positions, heads), -1)
@@ -92,10 +104,7 @@ def read_folded(self, x, memory, positions, heads):
 
 
 def join(block):
-    """A copy of a block to decode with: matrices that multiply the same vector are one, behind the norm that made it.
-
-    One token is so little work that the number of products counts, not their size.
-    """
+    """A copy of a block to decode with: matrices that multiply the same vector are one, with the norm that made it."""
     block = copy.deepcopy(block, {id(p): p for p in block.parameters()})        # of the modules, not of their weights
     attention, feed_forward = block.attention, block.feed_forward
     if attention.W_O.weight.dtype == torch.bfloat16:                            # what its kernel is made for
@@ -115,8 +124,8 @@ def join(block):
     ):
         matrices = [getattr(module, name, None) for name in names]
         if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
-            joined, stop = linear(torch.cat([W.weight for W in matrices])), 0
-            setattr(owner, norm, nn.Sequential(getattr(owner, norm), joined))
+            before, joined, stop = getattr(owner, norm), torch.cat([W.weight for W in matrices]), 0
+            setattr(owner, norm, linear(joined) if isinstance(before, nn.Identity) else NormLinear(before, joined))
             for name, W in zip(names, matrices):
                 start, stop = stop, stop + W.out_features
                 setattr(module, name, Part(start, stop))
