@@ -34,6 +34,7 @@ Every attention below has the same beats in the same order, so that `diff` of tw
 """
 
 import functools
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -211,7 +212,9 @@ class Attention(nn.Module):
         if isinstance(heads, tuple):
             if cache is not None or not heads or len(x) % len(heads):
                 raise ValueError(f"{len(x)} sequences are not {len(heads)} equal parts without a cache")
-            return torch.cat([self(part, m) for part, m in zip(x.split(len(x) // len(heads)), heads)])
+            runs = [(m, len(list(same))) for m, same in itertools.groupby(heads)]   # (12, 12, 4) is two slices, not three
+            parts = x.split([n * len(x) // len(heads) for _, n in runs])
+            return torch.cat([self(part, m) for part, (m, _) in zip(parts, runs)])
         heads = self.check(heads, x.shape[0])
         positions = cache.positions(x.shape[1]) if cache else torch.arange(x.shape[1], device=x.device)
         if cache is None:
