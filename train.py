@@ -743,7 +743,7 @@ def train(args, config):
     if not master:
         return
     finish(model, args, log, dict(
-        variant=config.attention + (f", {args.objective}" if ATTENTION[config.attention].nested else ""),
+        variant=config.attention + (f", {args.objective} {':'.join(map(str, args.shares))}" if ATTENTION[config.attention].nested else ""),
         parameters=size, tokens=bar.total, flops=cost * bar.total, cache_bytes=GPT(config).bfloat16().new_cache(1, 1).nbytes,
         val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
         device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}", torch=torch.__version__))
