@@ -65,6 +65,27 @@ def compiled_block(lone):
     return torch.compile(Block.forward, dynamic=False, fullgraph=True, options=tuned)
 
 
+class GraphCache(Cache):
+    """A Cache for a CUDA graph, which is recorded once and must be right for any length: a tensor says where the next row goes.
+
+    position [1]. All rows are returned, also those not in use, which `attend` leaves out.
+    """
+
+    def __init__(self, rows, heads, position):
+        super().__init__(rows, heads)
+        self.position = position
+
+    def layer(self, i):
+        return GraphCache(self.rows[i], self.heads, self.position)
+
+    def positions(self, T):
+        return self.position
+
+    def append(self, new):
+        self.rows[:, self.position] = new
+        return self.rows
+
+
 class Part(nn.Module):
     """In place of a Linear: its numbers, out of a product that was made before."""
 
@@ -151,7 +172,7 @@ class Step:
         self.token.copy_(token)
         self.position.fill_(self.cache.length)
         if (m, S) not in self.graphs:
-            view = Cache(self.cache.rows[:, :, :S], self.cache.heads, position=self.position)
+            view = GraphCache(self.cache.rows[:, :, :S], self.cache.heads, self.position)
 
             def logits():
                 return self.model.unembed(self.model.hidden(self.token, m, view, self.blocks)[:, -1])

@@ -149,33 +149,26 @@ class Cache:
 
     rows [n_layer, B, capacity, numbers] for a model, [B, capacity, numbers] for one layer; `length` rows
     are in use. `heads`: how many heads a row has room for; fewer than all only in nested MHA's ragged cache.
-    position: for a CUDA graph, which is recorded once and must be right for any length, a tensor [1] that says
-    where the next row goes; all rows are then returned, and `attend` leaves out those that are not in use.
     No gradient flows through a cache.
     """
 
-    def __init__(self, rows, heads, length=0, position=None):
-        self.rows, self.heads, self.length, self.position = rows, heads, length, position
+    def __init__(self, rows, heads, length=0):
+        self.rows, self.heads, self.length = rows, heads, length
 
     @property
     def nbytes(self):
         return self.rows.nbytes
 
     def layer(self, i):
-        return Cache(self.rows[i], self.heads, self.length, self.position)
+        return Cache(self.rows[i], self.heads, self.length)
 
     def positions(self, T):
         """Of the next T tokens, [T]."""
-        if self.position is not None:
-            return self.position
         return torch.arange(self.length, self.length + T, device=self.rows.device)
 
     @torch.no_grad()
     def append(self, new):
         """Store new rows [B, T, numbers]; return all rows so far, [B, S, numbers]. ValueError if they do not fit."""
-        if self.position is not None:
-            self.rows[:, self.position] = new
-            return self.rows
         batch, capacity, _ = self.rows.shape
         if new.shape[0] != batch:
             raise ValueError(f"a batch of {new.shape[0]} does not fit a cache for a batch of {batch}")

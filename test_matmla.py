@@ -537,7 +537,7 @@ def test_decoding_by_position_equals_decoding_by_length(attention):
         model(tokens[:, :9], cache=c)
     blocks = [decode.join(block) for block in model.blocks]
     position = torch.tensor([8])
-    view = Cache(other.rows[:, :, :16], other.heads, position=position)
+    view = decode.GraphCache(other.rows[:, :, :16], other.heads, position)
     for m, token in zip(budgets_of(attention) * 4, tokens[:, 9:].split(1, 1)):
         position += 1
         assert error(model.unembed(model.hidden(token, m, view, blocks)), model(token, heads=m, cache=cache)[0]) < TIGHT
@@ -787,9 +787,6 @@ def _(lab):
         with pytest.raises(ValueError):
             cache.append(new)
     assert cache.length == 5 and torch.equal(cache.rows, rows[:, :5]), "what was refused has changed the cache"
-    graph = lab.Cache(memory, 6, position=torch.tensor([3]))
-    assert graph.append(rows[:, 5:]) is graph.rows, "with a position, all rows are returned"
-    assert torch.equal(memory, torch.cat((rows[:, :3], rows[:, 5:], rows[:, 4:5]), 1)), "with a position, the row goes there"
 
 
 @exercise("nested heads", "NestedMHA.write NestedMHA.read", "the first m heads alone: slice the weights, so that compute shrinks; heads may be a tensor [B], see mask_heads; a ValueError beyond a ragged cache")
