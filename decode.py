@@ -81,8 +81,9 @@ class GraphCache(Cache):
     def positions(self, T):
         return self.position
 
+    @torch.no_grad()
     def append(self, new):
-        self.rows[:, self.position] = new
+        self.rows[:, self.position] = new.to(self.rows.dtype)
         return self.rows
 
 
@@ -109,7 +110,7 @@ class NormLinear(nn.Module):
 
     def __init__(self, norm, weight):
         super().__init__()
-        self.eps, self.product = norm.eps, linear(weight * norm.weight)
+        self.eps, self.product = norm.eps, linear(weight * norm.weight.to(weight.dtype))
 
     def forward(self, x):
         squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
@@ -146,7 +147,8 @@ def join(block):
         matrices = [getattr(module, name, None) for name in names]
         if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
             before, joined, stop = getattr(owner, norm), torch.cat([W.weight for W in matrices]), 0
-            setattr(owner, norm, linear(joined) if isinstance(before, nn.Identity) else NormLinear(before, joined))
+            first = isinstance(before, nn.Identity) or joined.dtype == torch.float16    # which only normed numbers fit
+            setattr(owner, norm, nn.Sequential(before, linear(joined)) if first else NormLinear(before, joined))
             for name, W in zip(names, matrices):
                 start, stop = stop, stop + W.out_features
                 setattr(module, name, Part(start, stop))
@@ -166,6 +168,7 @@ class Step:
         self.blocks = [functools.partial(compiled_block(len(self.token) == 1), join(block)) for block in model.blocks]
         self.graphs = {}
 
+    @torch.no_grad()
     def __call__(self, token, m):
         """The token after token [B, 1], [B, 1], which the next call overwrites. m: the budget, as `heads` in GPT.forward."""
         S = min(self.cache.rows.shape[2], graph_rows(self.cache.length + 1))

@@ -526,11 +526,15 @@ def test_greedy_schedule_equals_oracle_over_200_tokens(attention):
     assert torch.equal(predicted[T - 1 :], text[T:])
 
 
+TRANSMLA = dict(qkv_bias=True, d_cq=0, norm_latents=False, d_c=30, d_R=30, rope_width=10)    # as transmla.py makes them
+
+
 @every_variant
+@pytest.mark.parametrize("sizes", [{}, dict(qkv_bias=True), dict(d_cq=0), dict(norm_latents=False), TRANSMLA], ids=lambda sizes: "-".join(sizes))
 @torch.no_grad()
-def test_decoding_by_position_equals_decoding_by_length(attention):
+def test_decoding_by_position_equals_decoding_by_length(attention, sizes):
     """What a CUDA graph runs: joined matrices, a fixed number of rows of which the last are unused, a position only a tensor knows."""
-    model, tokens = make(attention), some_tokens()
+    model, tokens = make(attention, **sizes), some_tokens()
     cache, other = model.new_cache(B, 20), model.new_cache(B, 20)
     other.rows.fill_(7.0)                                                                          # nothing unused may be read
     for c in (cache, other):
@@ -538,7 +542,8 @@ def test_decoding_by_position_equals_decoding_by_length(attention):
     blocks = [decode.join(block) for block in model.blocks]
     position = torch.tensor([8])
     view = decode.GraphCache(other.rows[:, :, :16], other.heads, position)
-    for m, token in zip(budgets_of(attention) * 4, tokens[:, 9:].split(1, 1)):
+    budgets = [6, torch.tensor([6, 2]), 4, 1] if attention in NESTED else [6] * 4
+    for m, token in zip(budgets, tokens[:, 9:].split(1, 1)):
         position += 1
         assert error(model.unembed(model.hidden(token, m, view, blocks)), model(token, heads=m, cache=cache)[0]) < TIGHT
     assert error(other.rows[:, :, :T], cache.rows[:, :, :T]) < TIGHT
@@ -546,7 +551,7 @@ def test_decoding_by_position_equals_decoding_by_length(attention):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("B, n_kv, S, position", [(2, 1, 20, 13), (2, 2, 128, 127), (1, 6, 300, 127), (2, 1, 300, 128), (2, 2, 300, 299)])
+@pytest.mark.parametrize("B, n_kv, S, position", [(2, 1, 20, 13), (2, 2, 128, 127), (1, 6, 300, 127), (2, 1, 300, 128), (2, 2, 300, 299), (1, 1, 4200, 4150)])
 def test_attend_one_equals_attend(B, n_kv, S, position, compiling, monkeypatch):
     chip = types.SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: chip)
@@ -972,7 +977,7 @@ MUTANTS = [    # what, exercise it is a wrong answer to, test that must fail and
     ("absorption is thought to pay up to d_h", 13, None, (), "return d_c * d_h / (d_c - d_h)", "return d_h"),
     ("the softmax scale of GQA is lost", 14, None, (), " * ((d_h + mla.d_R) / d_h) ** 0.5", ""),
     ("every head finds the values of the first group", 14, None, (), "torch.kron(own, torch.eye", "torch.kron(own * 0 + own[0], torch.eye"),
-    ("a row that is not in use is read", None, "decoding_by_position_equals_decoding_by_length", ("matmla",), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
+    ("a row that is not in use is read", None, "decoding_by_position_equals_decoding_by_length", ("matmla", {}), "device=q.device) <= positions[:, None]", "device=q.device) <= positions[:, None] + 2"),
     ("a batch divided by budgets comes back in another order", None, "gradients_of_sliced_masked_and_divided_batches_agree", ("nested_mha",), "in zip(parts, runs)]", "in zip(parts, runs)][::-1]"),
     ("top-p cuts one token too many", None, "sampling_follows_the_distribution_that_top_k_and_top_p_leave", (), "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
 ]
@@ -997,7 +1002,7 @@ def test_mutant_is_caught(what, number, test, arguments, old, new, monkeypatch):
 def test_mutant_of_a_joined_product_that_is_cut_elsewhere_is_caught(monkeypatch):
     monkeypatch.setattr(decode.Part, "forward", lambda self, x: x[..., : self.stop - self.start])
     with pytest.raises((AssertionError, RuntimeError)):
-        test_decoding_by_position_equals_decoding_by_length("matmla")
+        test_decoding_by_position_equals_decoding_by_length("matmla", {})
 
 
 # ---------------------------------------------------------------- the scripts

@@ -746,8 +746,8 @@ def train(args, config):
         variant=config.attention + (f", {args.objective} {':'.join(map(str, args.shares))}" if ATTENTION[config.attention].nested else ""),
         parameters=size, tokens=bar.total, flops=cost * bar.total, cache_bytes=GPT(config).bfloat16().new_cache(1, 1).nbytes,
         val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
-        memory=torch.cuda.max_memory_allocated() if cuda else None,             # bytes at the peak, of this process
-        device=f"{world} x {torch.cuda.get_device_name() if cuda else device.type}", torch=torch.__version__))
+        memory=torch.cuda.max_memory_allocated(device) if cuda else None,       # bytes at the peak, looks at the held-out text included
+        device=f"{world} x {torch.cuda.get_device_name(device) if cuda else device.type}", torch=torch.__version__))
 
 
 def finish(model, args, log, final):
