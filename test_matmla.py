@@ -734,7 +734,7 @@ def equal_to_oracle(lab, attention, budgets, short=None):
             same(chunked(model, tokens, [8, 1, 4], [m] * 3)[0], expected, f"{attention} at {m} heads, through the cache")
 
 
-@exercise("RoPE", "rope", "turn every pair (x0,x1), (x2,x3), ... by its angle, computed in the dtype of x but at least float32")
+@exercise("RoPE", "rope", "turn every pair (x0,x1), (x2,x3), ... by its angle, computed in the dtype of x but at least float32; width: after so many numbers the frequencies start anew")
 def _(lab):
     def turned_by_oracle(x, positions):
         return torch.stack([torch.stack([torch.stack([oracle_rope(x[b, t, n], positions[t], 100.0) for n in range(3)])
@@ -1083,6 +1083,8 @@ def plain(state):
 def same_run(a, b):
     """Parameters, optimizers, losses and evaluations are equal to the last bit."""
     a_state, b_state = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b))
+    for folder, state in ((a, a_state), (b, b_state)):                                             # time too goes on, and differs
+        assert 0 < state.pop("seconds") <= train.read_final(folder)["seconds"] + 1
     assert a_state["optimizers"][0]["state"] and plain(a_state) == plain(b_state)
     a_lines, b_lines = ([json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()][:-1] for folder in (a, b))
     assert a_lines == b_lines and a_lines[-1]["step"] == a_state["step"] == b_state["step"]

@@ -696,12 +696,13 @@ def train(args, config):
         if master:
             settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "encoding", "report", "text")}
             save(path, config=dataclasses.asdict(config), settings=settings, encoding=args.encoding, step=step,
-                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
+                 seconds=time.perf_counter() - start, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
 
     asked = []                                                                  # to stop, by Ctrl-C or kill; twice is at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))
-    start, mark, speeds = time.perf_counter(), None, []                         # speeds: tokens per second, between reports
+    start = time.perf_counter() - (args.resume.get("seconds", 0) if args.resume else 0)
+    mark, speeds = None, []                                                     # speeds: tokens per second, between reports
     if first == 0:
         look(0)
     for step in range(first, args.steps):
