@@ -47,7 +47,7 @@ PRESETS = {
     "tiny": {},    # a laptop, minutes: the defaults below and in Config
     "small": dict(    # one GPU, minutes: 30M parameters
         data="fineweb-edu", tokens=200_000_000, vocab_size=50304, context=1024, n_layer=6, d=384, d_h=32, d_c=112, d_cq=192,
-        d_R=16, d_ff=1024, steps=2000, batch=96, micro_batch=48, lr=0.003, lr_adamw=0.003, warmup=100, eval_every=250,
+        d_R=16, d_ff=1024, steps=2000, batch=96, micro_batch=48, lr=0.006, lr_adamw=0.003, warmup=100, eval_every=250,
     ),
     "paper": dict(    # one GPU, hours: 209M parameters, 4.2B tokens
         data="fineweb-edu", tokens=4_300_000_000, vocab_size=50304, context=1024, n_layer=20, d=768, d_h=64, d_c=224, d_cq=384,
