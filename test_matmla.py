@@ -427,6 +427,33 @@ def test_compiled_blocks_are_one_graph_for_all_steps_and_the_same_model(attentio
     assert graphs == 2, f"{graphs} graphs, instead of one for all blocks and one for the loss"
 
 
+@every_nested
+@pytest.mark.parametrize("batch", [6, 8], ids=["divided", "masked"])
+def test_wrong_gradients_of_a_compiled_block_are_noticed(attention, batch, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    flags = f"--attention {attention} --d 24 --d-ff 16 --n-layer 2 --context 16 --batch {batch} --micro-batch {batch}"
+    _, args, config = train.settings(flags.split())
+    model = GPT(config)
+    run = train.compiled(model)
+    train.check_gradients(model, run, args, config)
+    right = run.blocks[0].forward
+
+    class Wrong(torch.autograd.Function):                                                          # only backward, and only of one part
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.cat((grad[:-1], 9 * grad[-1:]))
+
+    run.blocks[0].forward = lambda *given: Wrong.apply(right(*given))
+    run.blocks[0]._compiled_call_impl = None
+    with pytest.raises(ValueError, match=f"wrong gradient of .* {batch} sequences .*--no-compile"):
+        train.check_gradients(model, run, args, config)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_gradients_of_a_large_batch_on_a_gpu_are_the_eager_ones():
     """At 98,304 tokens and these widths a fusion of torch's compiler lost them, see train.compiled."""

@@ -394,13 +394,36 @@ def compiled(model):
     from torch._inductor.config import triton                                   # slow to import, needed only here
 
     if hasattr(triton, "mix_order_reduction"):                                  # from torch 2.10 on, a fusion that can make
-        triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061
+        triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061; see below
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     tuned = {"max_autotune_pointwise": True}                                    # the largest tensor there is: 10% faster so
     model.loss = torch.compile(model.loss, dynamic=False, options=tuned)
     for block in model.blocks:
         block.compile(dynamic=False)
     return model
+
+
+def check_gradients(model, run, args, config, rank=0, world=1):
+    """ValueError if a compiled block has other gradients than the block: at some sizes torch's compiler has made them wrong."""
+    device, rows = next(model.parameters()).device, parts_of_batch(args, rank, world)[0]
+    heads = passes(args, config, 0, rows)[0][0]
+    heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
+    seeded, dtype = torch.Generator(device).manual_seed(0), torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, towards = (torch.randn(len(rows), config.context, config.d, device=device, generator=seeded).to(dtype) for _ in range(2))
+    with mixed_precision(device):
+        both = [torch.autograd.grad(block(x.requires_grad_(), heads, None), list(block.parameters()), towards)
+                for block in (model.blocks[0], run.blocks[0])]
+    for (name, _), right, found in zip(model.blocks[0].named_parameters(), *both):
+        if not (found - right).norm() <= 0.2 * right.norm():                    # bfloat16 alone makes them differ by a few percent
+            raise ValueError(f"torch {torch.__version__} compiles a wrong gradient of {name} for {len(rows)} sequences per pass; "
+                             "take another --micro-batch, or --no-compile")
+
+
+def parts_of_batch(args, rank=0, world=1):
+    """The places in a batch that a process takes, in as many parts as it makes passes."""
+    mine = np.arange(rank, args.batch, world)
+    count = math.ceil(len(mine) / args.micro_batch)
+    return [mine[i::count] for i in range(count)]
 
 
 def passes(args, config, step, rows):
@@ -428,9 +451,7 @@ def learn(run, optimizer, tokens, step, args, config):
             group["lr"] = top * rate(step, args)
     order = np.random.default_rng((args.seed, step))                            # from seed and step alone: nothing to save
     starts = order.integers(len(tokens) - config.context, size=args.batch)
-    mine = np.arange(rank, args.batch, world)
-    count = math.ceil(len(mine) / args.micro_batch)
-    parts = [mine[i::count] for i in range(count)]
+    parts = parts_of_batch(args, rank, world)
     total = torch.zeros((), device=device)
     for rows in parts:
         x, y = windows(tokens, starts[rows], config.context, device)
@@ -439,7 +460,7 @@ def learn(run, optimizer, tokens, step, args, config):
             heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
             last = rows is parts[-1] and i == len(todo) - 1                     # only then are gradients shared
             with mixed_precision(device), run.no_sync() if shared and not last else contextlib.nullcontext():
-                loss = run(x, y, heads=heads)[1] * (weight * len(rows) / len(mine))
+                loss = run(x, y, heads=heads)[1] * (weight * len(rows) / (args.batch // world))
                 loss.backward()
             total += loss.detach()
     for o in optimizer:
@@ -450,7 +471,7 @@ def learn(run, optimizer, tokens, step, args, config):
 
 def flops_per_token(args, config):
     """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
-    rows = np.arange(args.batch)[:: math.ceil(args.batch / args.micro_batch)]    # of the first pass of a step
+    rows = parts_of_batch(args)[0]
     with torch.device("meta"):
         model, tokens = GPT(config), torch.zeros(len(rows), config.context, dtype=torch.long)
     steps = sum(args.shares) if args.objective == "sample" else 1               # each budget has its turn
@@ -672,6 +693,7 @@ def train(args, config):
     run = model
     if args.compile or args.compile is None and cuda and importlib.util.find_spec("triton"):
         run = compiled(model)
+        check_gradients(model, run, args, config, rank, world)
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run)
     size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
