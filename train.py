@@ -394,7 +394,7 @@ def compiled(model):
     from torch._inductor.config import triton                                   # slow to import, needed only here
 
     if hasattr(triton, "mix_order_reduction"):                                  # from torch 2.10 on, a fusion that can make
-        triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061; see below
+        triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     tuned = {"max_autotune_pointwise": True}                                    # the largest tensor there is: 10% faster so
     model.loss = torch.compile(model.loss, dynamic=False, options=tuned)
@@ -404,10 +404,12 @@ def compiled(model):
 
 
 def check_gradients(model, run, args, config, rank=0, world=1):
-    """ValueError if a compiled block has other gradients than the block: at some sizes torch's compiler has made them wrong."""
+    """ValueError if a compiled block has other gradients than the block: at some sizes torch's compiler has made them wrong.
+
+    Also without the fusion that `compiled` switches off. All blocks run the same graph, so one of them tells.
+    """
     device, rows = next(model.parameters()).device, parts_of_batch(args, rank, world)[0]
-    heads = passes(args, config, 0, rows)[0][0]
-    heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
+    heads = passes(args, config, 0, rows, device)[0][0]
     seeded, dtype = torch.Generator(device).manual_seed(0), torch.bfloat16 if device.type == "cuda" else torch.float32
     x, towards = (torch.randn(len(rows), config.context, config.d, device=device, generator=seeded).to(dtype) for _ in range(2))
     with mixed_precision(device):
@@ -426,7 +428,7 @@ def parts_of_batch(args, rank=0, world=1):
     return [mine[i::count] for i in range(count)]
 
 
-def passes(args, config, step, rows):
+def passes(args, config, step, rows, device="cpu"):
     """The passes over sequences `rows` of the batch of a step: (heads, weight of the loss) of each."""
     if not ATTENTION[config.attention].nested:
         return [(None, 1.0)]
@@ -439,7 +441,7 @@ def passes(args, config, step, rows):
     dealt = turns[rows * len(turns) // args.batch] if even else turns[(step * args.batch + rows) % len(turns)]
     if np.array_equal(dealt, np.repeat(turns, len(rows) // len(turns))):
         return [(tuple(turns.tolist()), 1.0)]                                   # equal parts: no head is computed in vain
-    return [(torch.from_numpy(dealt), 1.0)]
+    return [(torch.from_numpy(dealt).to(device), 1.0)]
 
 
 def learn(run, optimizer, tokens, step, args, config):
@@ -455,9 +457,8 @@ def learn(run, optimizer, tokens, step, args, config):
     total = torch.zeros((), device=device)
     for rows in parts:
         x, y = windows(tokens, starts[rows], config.context, device)
-        todo = passes(args, config, step, rows)
+        todo = passes(args, config, step, rows, device)
         for i, (heads, weight) in enumerate(todo):
-            heads = heads.to(device) if isinstance(heads, torch.Tensor) else heads
             last = rows is parts[-1] and i == len(todo) - 1                     # only then are gradients shared
             with mixed_precision(device), run.no_sync() if shared and not last else contextlib.nullcontext():
                 loss = run(x, y, heads=heads)[1] * (weight * len(rows) / (args.batch // world))
