@@ -1242,7 +1242,12 @@ def test_diverging_run_stops_and_full_disk_keeps_the_old_checkpoint(trained):
 
 def test_report_compares_runs(trained, baseline):
     printed = run(trained[0], "train.py", "--report", "out", "baseline", "--out", "out")
-    assert printed.count("matmla, mixed") == 3 and printed.count("| mla | 8 |") == 1 and (trained[0] / "out/report.png").exists()
+    assert printed.count("matmla, mixed") == 3 and printed.count("| mla | 8 |") == 1
+    assert all((trained[0] / "out" / name).stat().st_size > 10000 for name in ("report.png", "curves.png"))
+    final = train.read_final(trained[0] / "out")
+    lines = train.curves(trained[0] / "out")
+    assert list(lines) == ["batches"] + [f"held out, {m} heads" for m in (12, 8, 4)] and min(lines["batches"]) == 0
+    assert all(lines[f"held out, {m} heads"][max(lines["batches"]) + 1] == loss for m, loss in final["val_loss"].items())
 
 
 def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_path):

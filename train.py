@@ -123,7 +123,8 @@ def settings(argv=None):
     add("--resume", action="store_true", help="continue the run in --out, with its own settings")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from its weights, sizes and tokenizer, but at step 0, "
         "with fresh optimizers; take much lower learning rates")
-    add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; report.png and report.json go to --out")
+    add("--report", nargs="+", type=Path, metavar="RUN", help="only compare these finished runs; report.png, curves.png and "
+        "report.json go to --out")
     add("--text", help="with --report: also their perplexity on this text, a .txt, .jsonl or .parquet file")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for field in dataclasses.fields(Config):
@@ -413,7 +414,7 @@ def check_gradients(model, run, args, config, rank=0, world=1):
     seeded, dtype = torch.Generator(device).manual_seed(0), torch.bfloat16 if device.type == "cuda" else torch.float32
     x, towards = (torch.randn(len(rows), config.context, config.d, device=device, generator=seeded).to(dtype) for _ in range(2))
     with mixed_precision(device):
-        both = [torch.autograd.grad(block(x.requires_grad_(), heads, None), list(block.parameters()), towards)
+        both = [torch.autograd.grad((block(x.requires_grad_(), heads, None) * towards).sum(), list(block.parameters()))
                 for block in (model.blocks[0], run.blocks[0])]
     for (name, _), right, found in zip(model.blocks[0].named_parameters(), *both):
         if not (found - right).norm() <= 0.2 * right.norm():                    # bfloat16 alone makes them differ by a few percent
@@ -560,20 +561,36 @@ def open_log(path, first, steps):
     return open(path, "a", buffering=1)                                         # a line at a time
 
 
-def draw_losses(out):
-    """out/loss.png: the loss of the batches and of the held-out text at each budget."""
+def curves(run):
+    """The losses of a run's batches, and of the held-out text at each budget: {name: {step: loss}}."""
+    lines = read_log(run / "metrics.jsonl")
+    looks = [x for x in lines if "val_loss" in x]
+    found = {"batches": {x["step"]: x["loss"] for x in lines if "loss" in x}}
+    return found | {f"held out, {m} heads": {x["step"]: x["val_loss"][m] for x in looks} for m in looks[0]["val_loss"]}
+
+
+def draw_losses(runs, path):
+    """Draw the losses of runs against their steps; of several also, beside it, how far the others are behind the first."""
     from matplotlib.figure import Figure
 
-    lines = read_log(out / "metrics.jsonl")
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    axes.plot(*zip(*((x["step"], x["loss"]) for x in lines if "loss" in x)), color="0.8", label="batches, all budgets")
-    looks = [x for x in lines if "val_loss" in x]
-    for i, m in enumerate(looks[0]["val_loss"]):                                # each thinner, to show where they coincide
-        losses = [x["val_loss"][m] for x in looks]
-        axes.plot([x["step"] for x in looks], losses, linewidth=7 / (i + 1), label=f"held out, {m} heads")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(out / "loss.png", dpi=150)
+    several = len(runs) > 1
+    axes = (figure := Figure(figsize=(14 if several else 7, 4), layout="constrained")).subplots(1, 1 + several, squeeze=False)[0]
+    batches, held_out = list(curves(runs[0]).values())[:2]                      # of the first run, at all its heads
+    for run in runs:
+        for i, (name, losses) in enumerate(curves(run).items()):                # each thinner, to show where they coincide
+            style = {"linewidth": 7 / i} if i else {"linewidth": 1, "color": "0.7"}
+            line, = axes[0].plot(losses.keys(), losses.values(), label=f"{run.name}: {name}" if several else name, **style)
+            if run != runs[0]:
+                first = held_out if i else batches
+                shared = [step for step in losses if step in first]
+                axes[1].plot(shared, [losses[step] - first[step] for step in shared], **style | {"color": line.get_color()})
+    for one in axes:
+        one.set(xlabel="step", ylabel="loss (nats per token)")
+    axes[0].legend()
+    if several:
+        axes[1].axhline(0, color="black", linewidth=1)
+        axes[1].set_title(f"minus {runs[0].name}'s")
+    figure.savefig(path, dpi=150)
 
 
 def perplexity(loss):
@@ -599,7 +616,7 @@ def text_loss(run, text, device):
 
 
 def report(runs, out, text=None, device=None):
-    """Print a Markdown table of finished runs; draw the perplexity of several against cache size in out/report.png.
+    """Print a Markdown table of finished runs; draw the perplexity of several against cache size, and their losses against steps.
 
     Runs named like mla.0 and mla.1 after their seeds share a row, with the mean of their losses.
     """
@@ -636,6 +653,7 @@ def report(runs, out, text=None, device=None):
     if len(runs) > 1:
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "report.png", dpi=150)
+        draw_losses(runs, out / "curves.png")
         (out / "report.json").write_text(json.dumps(finals, indent=1) + "\n")
 
 
@@ -710,7 +728,8 @@ def train(args, config):
             count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
             val = evaluate(model, val_tokens, count)
             log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
-            bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()))
+            pace = f" ({speeds[-1]:,.0f} tokens/s)" if speeds else ""           # in a log file there is no bar to show it
+            bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()) + pace)
             return val
 
     def keep(step):
@@ -778,7 +797,7 @@ def finish(model, args, log, final):
     """What a finished run leaves: its last line of metrics, its figure, a table and a sample at each budget."""
     log.write(json.dumps({"step": args.steps, "final": final}) + "\n")
     print(f"trained in {final['seconds'] / 60:.1f} minutes; wrote checkpoint.pt, metrics.jsonl and loss.png in {args.out}\n")
-    draw_losses(args.out)
+    draw_losses([args.out], args.out / "loss.png")
     report([args.out], args.out)
     if args.encoding is None:
         return                                                                  # tokens without a text to show
