@@ -211,9 +211,10 @@ class Attention(nn.Module):
             parts = x.split([n * len(x) // len(heads) for _, n in runs])
             return torch.cat([self(part, m) for part, (m, _) in zip(parts, runs)])
         heads = self.check(heads, x.shape[0])
-        positions = cache.positions(x.shape[1]) if cache else torch.arange(x.shape[1], device=x.device)
         if cache is None:
+            positions = torch.arange(x.shape[1], device=x.device)
             return self.read(x, self.write(x, positions, heads), positions, heads)
+        positions = cache.positions(x.shape[1])
         memory = cache.append(self.write(x, positions, cache.heads))
         read = self.read_absorbed if x.shape[1] < self.short else self.read
         return read(x, memory, positions, heads)
@@ -222,14 +223,16 @@ class Attention(nn.Module):
         """`heads` if this attention can use it, all heads if None, else a ValueError that names both numbers."""
         if heads is None:
             return self.n_h
-        tensor = isinstance(heads, torch.Tensor)
-        if tensor and heads.shape != (batch,):
-            raise ValueError(f"heads has shape {list(heads.shape)}, but there are {batch} sequences")
-        if tensor and (torch.compiler.is_compiling() or heads.device.type != "cpu" and self.nested):
-            return heads                                                        # to look at it would stall the GPU
-        heads = heads if tensor else operator.index(heads)
+        if isinstance(heads, torch.Tensor):
+            if heads.shape != (batch,):
+                raise ValueError(f"heads has shape {list(heads.shape)}, but there are {batch} sequences")
+            if torch.compiler.is_compiling() or heads.device.type != "cpu" and self.nested:
+                return heads                                                    # to look at it would stall the GPU
+            budgets = heads.tolist()
+        else:
+            budgets = [heads := operator.index(heads)]
         least, works_with = (1, f"1 to {self.n_h}") if self.nested else (self.n_h, self.n_h)
-        for m in heads.tolist() if tensor else [heads]:
+        for m in budgets:
             if not least <= m <= self.n_h:
                 raise ValueError(f"{m} heads asked, but {type(self).__name__} works with {works_with}")
         return heads
