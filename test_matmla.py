@@ -194,9 +194,10 @@ def test_attend_returns_values_at_their_own_width():
 
 
 def test_gqa_with_as_many_kv_heads_is_mha():
-    mha, gqa = make("mha"), make("gqa", n_kv=6)
-    gqa.load_state_dict(mha.state_dict())
-    assert error(gqa(some_tokens())[0], mha(some_tokens())[0]) < TIGHT
+    for bias in (False, True):
+        mha, gqa = make("mha", qkv_bias=bias), make("gqa", n_kv=6, qkv_bias=bias)
+        gqa.load_state_dict(mha.state_dict())
+        assert error(gqa(some_tokens())[0], mha(some_tokens())[0]) < TIGHT
 
 
 # ---------------------------------------------------------------- the cache
@@ -284,9 +285,10 @@ def first_heads(model, m):
 
 @every_nested
 def test_budget_m_is_a_separate_model_of_the_first_m_heads(attention):
-    model, tokens = make(attention), some_tokens()
-    for m in range(1, 7):
-        assert error(model(tokens, heads=m)[0], first_heads(model, m)(tokens)[0]) < TIGHT
+    for bias in (False, True):
+        model, tokens = make(attention, qkv_bias=bias), some_tokens()
+        for m in range(1, 7):
+            assert error(model(tokens, heads=m)[0], first_heads(model, m)(tokens)[0]) < TIGHT
 
 
 @every_nested
@@ -1616,20 +1618,6 @@ def test_transmla_tokenizers_keep_every_byte(pretrained, tmp_path):
             assert b"".join(map(one.decode_single_token_bytes, tokens)).decode() == before + text
             assert one.encode_ordinary_batch([text, ""], num_threads=2)[0] == tokens
     assert encoding.eot_token not in encoding.encode_ordinary("a <end> b")
-
-
-@pytest.mark.parametrize("attention", ["mha", "nested_mha"])
-def test_biases_are_sliced_with_their_heads(attention):
-    tokens = some_tokens()
-    model = make(attention, qkv_bias=True)
-    plain = make("gqa", n_kv=6, qkv_bias=True)
-    plain.load_state_dict(model.state_dict())
-    assert error(model(tokens)[0], plain(tokens)[0]) < TIGHT
-    model.load_state_dict({k: torch.zeros_like(v) if k.endswith("bias") else v for k, v in model.state_dict().items()})
-    assert error(model(tokens)[0], plain(tokens)[0]) > 0.01
-    if attention == "nested_mha":
-        model = make(attention, qkv_bias=True)
-        assert error(model(tokens, heads=4)[0], first_heads(model, 4)(tokens)[0]) < TIGHT
 
 
 def test_rope_frequencies_repeat():
