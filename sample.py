@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from train import Parser, load, pick_device, token_bytes
+from train import Parser, load, pick_device, positive, token_bytes
 
 
 def settings(argv=None):
@@ -27,20 +27,14 @@ def settings(argv=None):
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--prompt", default="import ", help="text to continue")
     one.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
-    add("--tokens", default=400, type=int, help="how many new tokens")
-    add("--samples", default=1, type=int, help="how many texts, in one batch")
+    add("--tokens", default=400, type=positive, help="how many new tokens")
+    add("--samples", default=1, type=positive, help="how many texts, in one batch")
     add("--temperature", default=0.8, type=float, help="0 always takes the most likely token")
-    add("--top-k", default=40, type=int, help="sample among this many most likely tokens")
+    add("--top-k", default=40, type=positive, help="sample among this many most likely tokens")
     add("--top-p", default=1.0, type=float, help="and among the fewest that have this much probability together")
     add("--seed", default=0, type=int, help="the same seed gives the same text")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    args = parser.parse_args(argv)
-    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 1)):
-        if not getattr(args, name) >= least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, the least is {least}")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p is {args.top_p}, it must be above 0 and at most 1")
-    return parser, args
+    return parser, parser.parse_args(argv)
 
 
 def schedule(text, n):
