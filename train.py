@@ -286,13 +286,11 @@ def prepare(args):
     text_files(path)                                                            # refused before a vocabulary is downloaded
     files = (sorted(path.rglob("*")) or [path]) if path.exists() else []
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] or sys.version    # other text, other folder
-    usual, held_out = ("bytes", 20) if args.data == "stdlib" else ("gpt2", 200)
-    key = (args.data, args.data_config, args.text_column, args.tokens, stamps) + (args.encoding,) * (args.encoding != usual)
-    key = hashlib.sha1(repr(key).encode()).hexdigest()
-    folder = Path("data") / f"{path.stem}-{key[:8]}"
+    key = repr((args.data, args.data_config, args.text_column, args.tokens, args.encoding, stamps))
+    folder = Path("data") / f"{path.stem}-{hashlib.sha1(key.encode()).hexdigest()[:8]}"
     if folder.exists():
         return folder
-    encoding = get_encoding(args.encoding)
+    encoding, held_out = get_encoding(args.encoding), 20 if args.data == "stdlib" else 200    # one document of so many
     if encoding.n_vocab > 2**16:
         raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit the uint16 of train.bin, at most {2**16} does")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -327,8 +325,7 @@ def read_tokens(folder, args, config):
         if size <= config.context:
             raise ValueError(f"{args.data} has {size} tokens in {name}, more than the context of {config.context} are needed")
         tokens = np.memmap(folder / name, np.uint16, "r")
-        top = max(int(tokens[i : i + 2**24].max()) for i in range(0, size, 2**24))
-        if top >= config.vocab_size:
+        if (top := tokens.max()) >= config.vocab_size:
             raise ValueError(f"{args.data} has token {top} in {name}, outside the vocabulary of {config.vocab_size} (--vocab-size)")
         both.append(tokens)
     return both
