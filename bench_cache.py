@@ -118,8 +118,8 @@ def copy_bandwidth(device):
 
 
 def attend_all(q, k, v, positions, scale):
-    """`attend_one` for keys that are all seen. Where every head has its own, SDPA is then free to take its fastest kernel,
-    which is faster than what a growing cache can use: MHA is measured by its best."""
+    """`attend_one` for a full cache. Without rows to mask out, SDPA may take its fastest kernel where every head has its own
+    keys: so MHA is measured at its best, better than a growing cache allows."""
     if q.shape[2] > k.shape[2]:
         return attend_one(q, k, v, positions, scale)
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)

@@ -24,8 +24,8 @@ from matmla import Block, Cache, mask_heads
 def attend_one(q, k, v, positions, scale):
     """`attend` for one new token on a GPU, where the number of keys is known to the device only.
 
-    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. For one
-    short row of keys, as one sequence has in a latent attention, to tell the kernel how many takes longer than that saves.
+    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. A single
+    short row of keys, as one sequence has in a latent attention, is read by plain products: dividing it would take longer.
     """
     B, S, n_kv, w = k.shape
     q, k, v = q[:, 0].unflatten(1, (n_kv, -1)), k.transpose(1, 2), v.transpose(1, 2)    # heads of a group: just more queries
@@ -147,7 +147,7 @@ def join(block):
         matrices = [getattr(module, name, None) for name in names]
         if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
             before, joined, stop = getattr(owner, norm), torch.cat([W.weight for W in matrices]), 0
-            first = isinstance(before, nn.Identity) or joined.dtype == torch.float16    # which only normed numbers fit
+            first = isinstance(before, nn.Identity) or joined.dtype == torch.float16    # would overflow before the norm
             setattr(owner, norm, nn.Sequential(before, linear(joined)) if first else NormLinear(before, joined))
             for name, W in zip(names, matrices):
                 start, stop = stop, stop + W.out_features

@@ -332,7 +332,7 @@ def read_tokens(folder, args, config):
 
 
 def windows(tokens, starts, context, device):
-    """Inputs and targets [len(starts), context]: `context` tokens from each start on, and the same one later."""
+    """Inputs and targets [len(starts), context]: `context` tokens from each start on, and for each the token after it."""
     both = torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
     if device.type == "cuda":
         both = both.pin_memory().to(device, non_blocking=True)                  # the copy does not wait for the GPU
@@ -388,13 +388,13 @@ def rate(step, args):
 
 
 def compiled(model):
-    """The same weights in a copy whose blocks, one for all since they are equal, and whose loss are compiled."""
+    """A copy of the model that shares its weights, with blocks and loss compiled. The blocks are equal, so they are one graph."""
     from torch._inductor.config import triton                                   # slow to import, needed only here
 
     if hasattr(triton, "mix_order_reduction"):                                  # from torch 2.10 on, a fusion that can make
         triton.mix_order_reduction = False                                      # gradients wrong: pytorch issue 193061
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    tuned = {"max_autotune_pointwise": True}                                    # the largest tensor there is: 10% faster so
+    tuned = {"max_autotune_pointwise": True}                                    # logits are the largest tensor: 10% faster so
     model.loss = torch.compile(model.loss, dynamic=False, options=tuned)
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -404,7 +404,7 @@ def compiled(model):
 def check_gradients(model, run, args, config, rank=0, world=1):
     """ValueError if a compiled block has other gradients than the block: at some sizes torch's compiler has made them wrong.
 
-    Also without the fusion that `compiled` switches off. All blocks run the same graph, so one of them tells.
+    `compiled` switches off one fusion that did so; without it, it has happened too. All blocks are one graph: one is compared.
     """
     device, rows = next(model.parameters()).device, parts_of_batch(args, rank, world)[0]
     heads = passes(args, config, 0, rows, device)[0][0]
@@ -420,7 +420,7 @@ def check_gradients(model, run, args, config, rank=0, world=1):
 
 
 def parts_of_batch(args, rank=0, world=1):
-    """The places in a batch that a process takes, in as many parts as it makes passes."""
+    """Which sequences of a batch a process takes, divided into micro-batches of about equal size."""
     mine = np.arange(rank, args.batch, world)
     count = math.ceil(len(mine) / args.micro_batch)
     return [mine[i::count] for i in range(count)]
