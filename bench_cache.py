@@ -326,7 +326,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--preset", default="tiny", choices=[*PRESETS, "deepseek-v3"], help="sizes of the model")
     parser.add_argument("--switch", type=Path, nargs="+", metavar="RUN", help="measure these runs of train.py instead")
-    parser.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first of them that is there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figures")
     parser.attempt(bench, parser.parse_args())
 
