@@ -652,6 +652,8 @@ def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
     for length in (1, 63, 64, 65, 200):
         a, b = (model.generate(some_tokens(length=length), 80, generator=torch.Generator().manual_seed(3)) for _ in range(2))
         assert a.shape == (B, length + 80) and torch.equal(a, b) and torch.equal(a[:, :length], some_tokens(length=length))
+    text = model.generate(some_tokens(length=64), 2, temperature=0)                                # the second after 32 tokens
+    assert torch.equal(model(text[:, -33:-1])[0][:, -1].argmax(-1), text[:, -1])
 
 
 # ---------------------------------------------------------------- exercises: write parts of matmla.py yourself
