@@ -76,6 +76,8 @@ class Config:
             least = 0 if name in ("d_cq", "rope_width") else 1
             if type(value) is int and value < least:                            # not bool, which is an int too
                 raise ValueError(f"{name} is {value}, at least {least} is needed")
+            if type(value) is float and not value > 0:
+                raise ValueError(f"{name} is {value}, it must be above 0")
 
 
 # ---------------------------------------------------------------- norm, position, softmax, budget, cache

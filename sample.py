@@ -43,10 +43,10 @@ def schedule(text, n):
     try:
         if len(parts) == 1 and len(parts[0]) == 1:
             return int(text) if text else None
-        budgets, counts = zip(*parts)
+        budgets, counts = zip(*parts, strict=True)
         budgets, counts, last = [int(m) for m in budgets], [int(count) for count in counts[:-1]], counts[-1]
         counts.append(max(1, n - sum(counts)) if last == "*" else int(last))
-        if min(counts) < 1:
+        if min(counts) < 1 or max(map(len, parts)) > 2:
             raise ValueError
     except ValueError:
         raise ValueError(f"--heads {text} is neither a number of heads nor a schedule like 12:64,4:*") from None

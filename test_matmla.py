@@ -429,12 +429,19 @@ def test_compiled_blocks_are_one_graph_for_all_steps_and_the_same_model(attentio
     assert graphs == 2, f"{graphs} graphs, instead of one for all blocks and one for the loss"
 
 
-@every_nested
-@pytest.mark.parametrize("batch", [6, 8], ids=["divided", "masked"])
-def test_wrong_gradients_of_a_compiled_block_are_noticed(attention, batch, monkeypatch):
+@pytest.mark.parametrize("flags, n, wrong, where", [
+    ("--batch 6", 6, "W_Q", lambda x, heads: True),
+    ("--batch 8", 8, "W_Q", lambda x, heads: True),                                               # masked
+    ("--attention nested_mha --batch 6", 6, "W_Q", lambda x, heads: True),
+    ("--batch 6", 6, "its input", lambda x, heads: True),
+    ("--batch 10 --micro-batch 4", 3, "W_Q", lambda x, heads: len(x) == 3),                       # of passes of 4, 3 and 3
+    ("--batch 6 --objective sum", 6, "W_Q", lambda x, heads: heads == 8),
+    ("--batch 6 --objective sample", 6, "W_Q", lambda x, heads: heads == 4),
+])
+def test_wrong_gradients_of_a_compiled_block_are_noticed(flags, n, wrong, where, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    flags = f"--attention {attention} --d 24 --d-ff 16 --n-layer 2 --context 16 --batch {batch} --micro-batch {batch}"
+    flags += " --d 24 --d-ff 16 --n-layer 2 --context 16"
     _, args, config = train.settings(flags.split())
     model = GPT(config)
     run = train.compiled(model)
@@ -450,9 +457,14 @@ def test_wrong_gradients_of_a_compiled_block_are_noticed(attention, batch, monke
         def backward(ctx, grad):
             return torch.cat((grad[:-1], 9 * grad[-1:]))
 
-    run.blocks[0].forward = lambda *given: Wrong.apply(right(*given))
+    def forward(x, heads, cache):
+        if not where(x, heads):
+            return right(x, heads, cache)
+        return right(Wrong.apply(x), heads, cache) if wrong == "its input" else Wrong.apply(right(x, heads, cache))
+
+    run.blocks[0].forward = forward
     run.blocks[0]._compiled_call_impl = None
-    with pytest.raises(ValueError, match=f"wrong gradient of .* {batch} sequences .*--no-compile"):
+    with pytest.raises(ValueError, match=f"wrong gradient of .* {n} sequences .*--no-compile"):
         train.check_gradients(model, run, args, config)
 
 
@@ -1128,16 +1140,20 @@ def undisturbed(trained):
     return trained[0] / "undisturbed"
 
 
-@pytest.mark.parametrize("name, status", [("SIGKILL", -9), ("SIGTERM", 0), ("SIGINT", 0)])
-def test_interrupted_run_resumes_as_if_never_stopped(undisturbed, name, status):
-    process, metrics = start(undisturbed.parent, "--out", name)
-    wait_for(metrics, 30, process)
+@pytest.mark.parametrize("name, status, step", [("SIGKILL", -9, 30), ("SIGKILL", -9, 0), ("SIGTERM", 0, 30), ("SIGINT", 0, 30)])
+def test_interrupted_run_resumes_as_if_never_stopped(undisturbed, name, status, step):
+    out = undisturbed.parent / f"{name}{step}"
+    if step == 0:
+        shutil.copytree(undisturbed.parent / "out", out)                                           # of another run, to be replaced
+        (out / "metrics.jsonl").unlink()
+    process, metrics = start(undisturbed.parent, "--out", out.name)
+    wait_for(metrics, step, process)
     process.send_signal(getattr(signal, name))
     printed, errors = process.communicate()
     assert process.returncode == status, errors
     assert ("continue with --resume" in printed) == (status == 0)
-    run(undisturbed.parent, "train.py", "--resume", "--out", name)
-    same_run(undisturbed.parent / name, undisturbed)
+    run(undisturbed.parent, "train.py", "--resume", "--out", out.name)
+    same_run(out, undisturbed)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -1187,6 +1203,10 @@ def test_training_flops_count_only_the_heads_that_are_computed():
     assert cost("--batch", "18", "--micro-batch", "9") == pytest.approx(sum(fixed) / 3)
     assert cost("--objective", "sum") == pytest.approx(sum(fixed))
     assert cost("--batch", "10") == pytest.approx(fixed[0])                                        # a mask saves nothing
+    parts = cost("--batch", "10", "--micro-batch", "4", "--budgets", "12,4")                       # of 4, divided, of 3 and 3, masked
+    assert parts == pytest.approx(0.4 * (fixed[0] + fixed[2]) / 2 + 0.6 * fixed[0])
+    _, args, config = train.settings(["--context", "32", "--batch", "12"])
+    assert train.flops_per_token(args, config, world=8) == pytest.approx(fixed[0])                 # 1 or 2 sequences each: masked
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -1196,8 +1216,8 @@ def test_text_becomes_tokens_with_documents_held_out_whole(kind, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "get_encoding", lambda name, real=train.get_encoding: real("bytes"))    # no download here
     Path("texts").mkdir()
-    written = [f"document {i}: é{'.' * i}" for i in range(450)]
-    table = datasets.Dataset.from_dict({"body": written})
+    written = [f"document {i}: é{'.' * 20 * i}" for i in range(450)]
+    table = datasets.Dataset.from_dict({"body": [None, *written] if kind == "jsonl" else written})    # a row without text is left out
     if kind == "txt":
         for i, text in enumerate(written):
             Path(f"texts/{i:03}.txt").write_text(text, "utf-8")
@@ -1209,6 +1229,20 @@ def test_text_becomes_tokens_with_documents_held_out_whole(kind, tmp_path, monke
         tokens = np.fromfile(folder / name, np.uint16).tolist()
         assert tokens == [token for text in expected for token in [*text.encode(), 256]]
     assert train.prepare(args) == folder and [p.name for p in Path("data").iterdir()] == [folder.name]
+
+
+def test_of_short_texts_the_last_20th_is_held_out_also_after_a_kill(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "get_encoding", lambda name, real=train.get_encoding: real("bytes"))
+    Path("short.jsonl").write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(1000)))
+    _, args, _ = train.settings(["--data", "short.jsonl"])
+    folder = train.prepare(args)
+    sizes = [(folder / name).stat().st_size for name in ("train.bin", "val.bin")]
+    assert sizes[1] == pytest.approx(sum(sizes) / 20, abs=2)
+    folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}"))                               # as a killed run leaves it
+    assert train.prepare(args) == folder and [p.name for p in Path("data").iterdir()] == [folder.name]
+    Path("numbers.jsonl").write_text('{"text": 1}\n')
+    refuses(("numbers.jsonl", "'text'"), monkeypatch, capsys, "train.py", "--data", "numbers.jsonl")
 
 
 def test_a_second_run_that_prepares_the_same_text_takes_what_the_faster_one_left(tmp_path, monkeypatch):
@@ -1234,13 +1268,16 @@ def test_diverging_run_stops_and_full_disk_keeps_the_old_checkpoint(trained):
     folder = trained[0]
     (folder / "kept").mkdir()
     shutil.copy(folder / "out/checkpoint.pt", folder / "kept")
-    before = (folder / "kept/checkpoint.pt").read_bytes()
+    before = None
     for flags, words, limit in ((["--lr", "1e38"], "lower --lr", None), ([], "cannot save", 30_000)):
         limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))} if limit else {}
         process, _ = start(folder, "--out", "kept", *flags, **limits)
         _, errors = process.communicate()
         assert process.returncode == (2 if limit else 1) and words in errors and len(errors.splitlines()) == 1, errors
-        assert (folder / "kept/checkpoint.pt").read_bytes() == before
+        kept = torch.load(folder / "kept/checkpoint.pt", weights_only=True)
+        assert kept["step"] == 0 and all(p.isfinite().all() for p in kept["model"].values())
+        assert not limit or (folder / "kept/checkpoint.pt").read_bytes() == before
+        before = (folder / "kept/checkpoint.pt").read_bytes()
         assert not list((folder / "kept").glob("*.partial"))
 
 
@@ -1264,9 +1301,12 @@ def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_pat
     loss = lines[-1]["final"]["val_loss"]["8"]
     lines[-1]["final"] |= {"seed": 1, "val_loss": {"8": loss + 0.2}}
     (tmp_path / "mla.1/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    printed = run(tmp_path, "train.py", "--report", "mla.0", "mla.1", "--text", "other.txt", "--out", ".")
+    shutil.copytree(baseline, tmp_path / "mla.2")                                                  # another model has its own row
+    lines[-1]["final"] |= {"seed": 2, "parameters": 1}
+    (tmp_path / "mla.2/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    printed = run(tmp_path, "train.py", "--report", "mla.2", "mla.0", "mla.1", "--text", "other.txt", "--out", ".")
     row = printed.splitlines()[-1].split(" | ")
-    assert row[0] == "| mla" and row[-3] == f"{loss + 0.1:.4f} ± 0.1000" and row[-2] == f"{math.exp(loss + 0.1):.3f}"
+    assert printed.count("| mla | mla |") == 2 and row[0] == "| mla" and row[-3] == f"{loss + 0.1:.4f} ± 0.1000" and row[-2] == f"{math.exp(loss + 0.1):.3f}"
     model, encoding = train.load(baseline / "checkpoint.pt", "cpu")
     tokens, context = torch.tensor(encoding.encode(text)), model.config.context
     n = (len(tokens) - 1) // context
@@ -1309,10 +1349,17 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
     for command, words in {
         ("train.py", "--head", "4"): ("--head",),
         ("train.py", "--budgets", "16,4"): ("16", "12"),
+        ("train.py", "--budgets", "4,12"): ("(4, 12)", "largest first"),
+        ("train.py", "--budgets", "4,4"): ("(4, 4)", "different"),
+        ("train.py", "--seed", "-1"): ("--seed", "-1"),
+        ("train.py", "--rope-base", "0"): ("rope_base", "0"),
         ("train.py", "--shares", "1,2"): ("(1, 2)", "3"),
         ("train.py", "--resume", "--out", "nothing"): ("nothing/checkpoint.pt",),
         ("train.py", "--resume", "--out", trained[0] / "out", "--d", "48"): ("shape",),
+        ("train.py", "--resume", "--out", trained[0] / "out", "--budgets", "4"): ("shape",),
+        ("train.py", "--resume", "--out", trained[0] / "out", "--shares", "2,1,1"): ("--shares", "--init"),
         ("train.py", "--report", "nothing"): ("nothing",),
+        ("train.py", "--report", trained[0] / "out", trained[0] / "out"): ("two runs", "out"),
         ("train.py", "--text", "my.txt"): ("--text", "--report"),
         ("train.py", "--report", trained[0] / "out", "--text", "nothing.txt"): ("nothing.txt",),
         ("train.py", "--data", "empty"): ("empty", "no .txt"),
@@ -1330,6 +1377,7 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "all"): ("all", "12:64,4:*"),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--prompt-file", "nothing.txt"): ("nothing.txt",),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:-3,2:*"): ("4:-3,2:*",),
+        ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:3:2,2:*"): ("4:3:2,2:*",),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:*,2:3"): ("4:*,2:3",),
         ("sample.py", "--checkpoint", trained[0] / "out/checkpoint.pt", "--heads", "4:900,2:*"): ("901", "400"),
         ("sample.py", "--compare", "--heads", "4"): ("--heads", "--compare"),

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
             self.exit(1)
         except KeyboardInterrupt:
             self.exit(130)
-        except (ValueError, OSError, OverflowError, MemoryError) as error:
+        except (ValueError, OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
             self.error(error)
 
 
@@ -83,10 +84,19 @@ def integers(text):
     return tuple(int(part) for part in text.split(","))
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+def at_least(least, text):
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is below {least}")
     return int(text)
+
+
+positive, natural = functools.partial(at_least, 1), functools.partial(at_least, 0)
+
+
+def check_budgets(budgets, n_h):
+    """ValueError unless they are different, largest first, and within the heads."""
+    if list(budgets) != sorted(set(budgets) & {*range(1, n_h + 1)}, reverse=True):
+        raise ValueError(f"budgets {budgets} must be different, the largest first, and lie in 1..{n_h}, the heads of the model")
 
 
 def make_config(values):
@@ -103,7 +113,7 @@ def settings(argv=None):
         "folder of them, or a folder with train.bin and val.bin of uint16 tokens")
     add("--data-config", default="", help="configuration of a Hugging Face data set")
     add("--text-column", default="text", help="where a .jsonl, .parquet or Hugging Face data set has its text")
-    add("--tokens", default=0, type=int, help="stop preparing data after this many tokens; 0: take all")
+    add("--tokens", default=0, type=natural, help="stop preparing data after this many tokens; 0: take all")
     add("--objective", default="mixed", choices=["mixed", "sum", "sample"], help="a budget per sequence in one pass; "
         "one pass per budget and the mean of their losses; or one budget per step")
     add("--shares", type=integers, help="how often each of the budgets has its turn, like 2,1,1; by default equally often")
@@ -116,7 +126,7 @@ def settings(argv=None):
     add("--warmup", default=20, type=positive, help="steps to the peak; over the last 60%% of all steps the rate falls to 0")
     add("--eval-every", default=100, type=positive, help="steps between two looks at the held-out text, and two checkpoints")
     add("--eval-windows", default=256, type=positive, help="held-out windows in the last look; an eighth of them before")
-    add("--seed", default=0, type=int, help="of the initial weights and of the order of the data")
+    add("--seed", default=0, type=natural, help="of the initial weights and of the order of the data")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
     add("--out", default=Path("out"), type=Path, help="folder of the run")
@@ -159,11 +169,16 @@ def settings(argv=None):
             parser.error(f"{early.init} has separate input and output embeddings, --tie would lose one of them")
     if not ATTENTION[config.attention].nested:
         config.budgets = (config.n_h,)
-    elif not 1 <= min(config.budgets) <= max(config.budgets) <= config.n_h:
-        parser.error(f"budgets {config.budgets} must lie in 1..{config.n_h}, the heads of the model (--n-h)")
+    else:
+        parser.attempt(check_budgets, config.budgets, config.n_h)
+    if saved and make_config(saved["config"]) != config:
+        parser.error(f"{early.out / 'checkpoint.pt'} is a checkpoint of another shape, {saved['config']}")
     args.shares = args.shares or (1,) * len(config.budgets)
     if len(args.shares) != len(config.budgets) or min(args.shares) < 1:
         parser.error(f"shares {args.shares} must be positive, one for each of the {len(config.budgets)} budgets")
+    for name in ("batch", "objective", "shares") if saved else ():
+        if getattr(args, name) != saved["settings"][name]:
+            parser.error(f"--resume goes on with the run's own --{name}; a run with another one may start from its weights, with --init")
     return parser, args, config
 
 
@@ -260,7 +275,8 @@ def documents(data, config="", column="text"):
         import datasets                                                         # slow to import, needed only here
 
         datasets.disable_progress_bars()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)            # our own line says it
+        for name in ("huggingface_hub", "datasets"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)                  # our own line says it
         if files:
             source = {"path": {".jsonl": "json", ".parquet": "parquet"}[files[0].suffix], "data_files": [str(p) for p in files]}
         elif data == "fineweb-edu":
@@ -269,9 +285,12 @@ def documents(data, config="", column="text"):
             source = {"path": data, "name": config or None}
         try:
             for row in datasets.load_dataset(**source, split="train", streaming=True):
-                yield row[column]
+                if not isinstance(row[column], str | None):
+                    raise KeyError(column)
+                if row[column]:                                                 # some rows may have none
+                    yield row[column]
         except KeyError:
-            raise ValueError(f"{data} has no column {column!r}; name it with --text-column") from None
+            raise ValueError(f"{data} has no column {column!r} of text; train.py takes another with --text-column") from None
         except Exception as error:                                              # a broken file, no such name, no network
             cure = "" if files else (": it is no file here, and the Hugging Face hub did not give it. Check the name; "
                    "without a network, download its .parquet files elsewhere and pass their folder as --data")
@@ -283,8 +302,7 @@ def prepare(args):
     path = Path(args.data)
     if (path / "train.bin").exists():
         return path
-    text_files(path)                                                            # refused before a vocabulary is downloaded
-    files = (sorted(path.rglob("*")) or [path]) if path.exists() else []
+    files = text_files(path)                                                    # refused before a vocabulary is downloaded
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] or sys.version    # other text, other folder
     key = repr((args.data, args.data_config, args.text_column, args.tokens, args.encoding, stamps))
     folder = Path("data") / f"{path.stem}-{hashlib.sha1(key.encode()).hexdigest()[:8]}"
@@ -294,19 +312,20 @@ def prepare(args):
     if encoding.n_vocab > 2**16:
         raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit the uint16 of train.bin, at most {2**16} does")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)                                  # of a killed process of this number
     partial.mkdir(parents=True)
     try:
         with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val, \
-                tqdm(desc="tokens", unit="tok", unit_scale=True, total=args.tokens or None, leave=False) as bar:
+                tqdm(desc="tokens", unit="tok", unit_scale=True, total=args.tokens or None, leave=False, disable=None) as bar:
             source, count = documents(args.data, args.data_config, args.text_column), 0
             while batch := [text for _, text in zip(range(256), source)]:
                 for tokens in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
                     np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
                     count += 1                                                  # whole documents are held out
                     bar.update(len(tokens) + 1)
-                if args.tokens and bar.n >= args.tokens:
+                if args.tokens and train.tell() + val.tell() >= 2 * args.tokens:    # bytes
                     break
-        if count < held_out:                                                    # few documents: hold out the last 20th
+        if count < held_out or (partial / "val.bin").stat().st_size < 20_000:   # few or short: hold out the last 20th
             tokens = np.concatenate([np.fromfile(partial / name, np.uint16) for name in ("val.bin", "train.bin")])
             tokens[: len(tokens) * 19 // 20].tofile(partial / "train.bin")
             tokens[len(tokens) * 19 // 20 :].tofile(partial / "val.bin")
@@ -404,19 +423,23 @@ def compiled(model):
 def check_gradients(model, run, args, config, rank=0, world=1):
     """ValueError if a compiled block has other gradients than the block: at some sizes torch's compiler has made them wrong.
 
-    `compiled` switches off one fusion that did so; without it, it has happened too. All blocks are one graph: one is compared.
+    `compiled` switches off one fusion that did so; without it, it has happened too. The blocks are equal: one is compared, in
+    every way in which the training calls it.
     """
-    device, rows = next(model.parameters()).device, parts_of_batch(args, rank, world)[0]
-    heads = passes(args, config, 0, rows, device)[0][0]
-    seeded, dtype = torch.Generator(device).manual_seed(0), torch.bfloat16 if device.type == "cuda" else torch.float32
-    x, towards = (torch.randn(len(rows), config.context, config.d, device=device, generator=seeded).to(dtype) for _ in range(2))
-    with mixed_precision(device):
-        both = [torch.autograd.grad((block(x.requires_grad_(), heads, None) * towards).sum(), list(block.parameters()))
-                for block in (model.blocks[0], run.blocks[0])]
-    for (name, _), right, found in zip(model.blocks[0].named_parameters(), *both):
-        if not (found - right).norm() <= 0.2 * right.norm():                    # bfloat16 alone makes them differ by a few percent
-            raise ValueError(f"torch {torch.__version__} compiles a wrong gradient of {name} for {len(rows)} sequences per pass; "
-                             "take another --micro-batch, or --no-compile")
+    device, seeded = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    dtype, names = torch.bfloat16 if device.type == "cuda" else torch.float32, [name for name, _ in model.blocks[0].named_parameters()]
+    todo = every_pass(args, config, rank, world, device)[1]
+    calls = {(len(rows), "a tensor" if isinstance(heads, torch.Tensor) else heads): heads for rows, heads in todo}
+    for (n, _), heads in calls.items():
+        x, towards = torch.randn(2, n, config.context, config.d, generator=seeded).to(device, dtype).unbind()
+        x.requires_grad_()
+        with mixed_precision(device):
+            both = [torch.autograd.grad((block(x, heads, None) * towards).sum(), [x, *block.parameters()])
+                    for block in (model.blocks[0], run.blocks[0])]
+        for name, right, found in zip(["its input", *names], *both):
+            if not (found - right).norm() <= 0.2 * right.norm():                # bfloat16 alone makes them differ by a few percent
+                raise ValueError(f"torch {torch.__version__} compiles a wrong gradient of {name} for {n} sequences per pass; "
+                                 "take another --micro-batch, or --no-compile")
 
 
 def parts_of_batch(args, rank=0, world=1):
@@ -440,6 +463,13 @@ def passes(args, config, step, rows, device="cpu"):
     if np.array_equal(dealt, np.repeat(turns, len(rows) // len(turns))):
         return [(tuple(turns.tolist()), 1.0)]                                   # equal parts: no head is computed in vain
     return [(torch.from_numpy(dealt).to(device), 1.0)]
+
+
+def every_pass(args, config, rank, world, device="cpu"):
+    """Steps until every budget has had its turn, and (rows, heads) of all passes that a process makes in them."""
+    steps = sum(args.shares) if args.objective == "sample" else 1
+    return steps, [(rows, heads) for step in range(steps) for rows in parts_of_batch(args, rank, world)
+                   for heads, _ in passes(args, config, step, rows, device)]
 
 
 def learn(run, optimizer, tokens, step, args, config):
@@ -468,16 +498,21 @@ def learn(run, optimizer, tokens, step, args, config):
     return total
 
 
-def flops_per_token(args, config):
+def flops_per_token(args, config, world=1):
     """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
-    rows = parts_of_batch(args)[0]
     with torch.device("meta"):
-        model, tokens = GPT(config), torch.zeros(len(rows), config.context, dtype=torch.long)
-    steps = sum(args.shares) if args.objective == "sample" else 1               # each budget has its turn
-    with FlopCounterMode(display=False) as counter:
-        for heads, _ in (one for step in range(steps) for one in passes(args, config, step, rows)):
-            model(tokens, tokens, None if isinstance(heads, torch.Tensor) else heads)[1].backward()    # a mask saves nothing
-    return counter.get_total_flops() / tokens.numel() / steps
+        model = GPT(config)
+
+    @functools.cache
+    def count(n, heads):
+        tokens = torch.zeros(n, config.context, dtype=torch.long, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens, heads)[1].backward()
+        return counter.get_total_flops()
+
+    both = [every_pass(args, config, rank, world) for rank in range(world)]
+    total = sum(count(len(rows), None if isinstance(heads, torch.Tensor) else heads) for _, todo in both for rows, heads in todo)
+    return total / (both[0][0] * args.batch * config.context)                   # a mask saves nothing
 
 
 def peak_flops(device):
@@ -602,17 +637,17 @@ def read_final(run):
     return final
 
 
-def text_loss(run, text, device):
+def text_loss(run, text, column, device):
     """Mean loss in nats per token of a finished run on all of another text, at each budget."""
     model, encoding = load(run / "checkpoint.pt", device)
-    tokens = np.concatenate([encoding.encode_ordinary(one) + [encoding.eot_token] for one in documents(text)])
+    tokens = np.concatenate([encoding.encode_ordinary(one) + [encoding.eot_token] for one in documents(text, column=column)])
     count = (len(tokens) - 1) // model.config.context
     if count == 0:
         raise ValueError(f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed")
     return evaluate(model, tokens, count)
 
 
-def report(runs, out, text=None, device=None):
+def report(runs, out, text=None, column="text", device=None):
     """Print a Markdown table of finished runs; draw the perplexity of several against cache size, and their losses against steps.
 
     Runs named like mla.0 and mla.1 after their seeds share a row, with the mean of their losses.
@@ -621,15 +656,18 @@ def report(runs, out, text=None, device=None):
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     finals, rows = {}, {}
-    for run in runs:
+    for run in map(Path.resolve, runs):
+        if run.name in finals:
+            raise ValueError(f"two runs are named {run.name}; rename the folder of one")
         final = finals[run.name] = read_final(run)
         if text:
-            final["text"], final["text_loss"] = str(text), text_loss(run, text, device)
-        rows.setdefault(run.stem if run.suffix == f".{final['seed']}" else run.name, []).append(final)
+            final["text"], final["text_loss"] = str(text), text_loss(run, text, column, device)
+        name = run.stem if run.suffix == f".{final['seed']}" else run.name
+        rows.setdefault((name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), []).append(final)
     heads = ["run", "variant", "heads", "parameters", "tokens", "training FLOPs", "seconds", "cache, bytes per token",
              "held-out loss", "perplexity"] + ([f"perplexity of {Path(text).name}"] if text else [])
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for i, (name, seeds) in enumerate(rows.items()):
+    for i, ((name, *_), seeds) in enumerate(rows.items()):
         final = seeds[0]
         for m in final["val_loss"]:
             losses = [one["val_loss"][m] for one in seeds]
@@ -677,8 +715,6 @@ def train(args, config):
     first, path = 0, args.out / "checkpoint.pt"
     if args.resume:
         first = args.resume["step"]
-        if make_config(args.resume["config"]) != config:
-            raise ValueError(f"{path} is a checkpoint of another shape, {args.resume['config']}")
         if first > args.steps:
             raise ValueError(f"{path} has {first} steps already, more than --steps {args.steps}")
     if cuda and world > 1:
@@ -712,7 +748,19 @@ def train(args, config):
         check_gradients(model, run, args, config, rank, world)
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run)
-    size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config), peak_flops(device)
+    size, cost, peak = sum(p.numel() for p in model.parameters()), flops_per_token(args, config, world), peak_flops(device)
+
+    def keep(step):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"a weight is not finite after step {step}")
+        if master:
+            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "encoding", "report", "text")}
+            save(path, config=dataclasses.asdict(config), settings=settings, encoding=args.encoding, step=step,
+                 seconds=time.perf_counter() - start, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
+
+    start = time.perf_counter() - (args.resume.get("seconds", 0) if args.resume else 0)
+    if first == 0:
+        keep(0)                                                                 # before the old log goes: both are of one run
     if master:
         log = open_log(args.out / "metrics.jsonl", first, args.steps)
         print(f"{config.attention}, {size:,} parameters, heads {config.budgets}, {world} x {device.type}; "
@@ -725,23 +773,13 @@ def train(args, config):
             count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
             val = evaluate(model, val_tokens, count)
             log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
-            pace = f" ({speeds[-1]:,.0f} tokens/s)" if speeds else ""           # in a log file there is no bar to show it
             bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()) + pace)
             return val
-
-    def keep(step):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(f"a weight is not finite after step {step}")
-        if master:
-            settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "encoding", "report", "text")}
-            save(path, config=dataclasses.asdict(config), settings=settings, encoding=args.encoding, step=step,
-                 seconds=time.perf_counter() - start, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizer])
 
     asked = []                                                                  # to stop, by Ctrl-C or kill; twice is at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))
-    start = time.perf_counter() - (args.resume.get("seconds", 0) if args.resume else 0)
-    mark, speeds = None, []                                                     # speeds: tokens per second, between reports
+    mark, speeds, pace = None, [], ""                                           # speeds: tokens per second, between reports
     if first == 0:
         look(0)
     for step in range(first, args.steps):
@@ -760,6 +798,7 @@ def train(args, config):
             now = time.perf_counter()
             if mark:
                 speeds.append((step - mark[0]) * args.batch * config.context / (now - mark[1]))
+                pace = f" ({speeds[-1]:,.0f} tokens/s)"                         # a log file has no bar to show it
             mark = step, now
             if master:
                 log.write(json.dumps({"step": step, "loss": value}) + "\n")
@@ -769,13 +808,13 @@ def train(args, config):
             look(done)
         if done % args.eval_every == 0 or done == args.steps or stop:
             keep(done)
-            mark = None                                                         # the next interval was not all training
+            mark, pace = None, ""                                               # the next interval was not all training
         if stop and done < args.steps:
             bar.close()
             if master:
                 print(f"stopped after step {done}; continue with --resume --out {args.out}")
             return
-    seconds, speed = time.perf_counter() - start, float(np.median(speeds)) if speeds else 0.0
+    seconds, speed = time.perf_counter() - start, float(np.median(speeds)) if speeds else None
     val = look(args.steps)
     bar.close()
     if world > 1:
@@ -785,7 +824,7 @@ def train(args, config):
     finish(model, args, log, dict(
         variant=config.attention + (f", {args.objective} {':'.join(map(str, args.shares))}" if ATTENTION[config.attention].nested else ""),
         parameters=size, tokens=bar.total, flops=cost * bar.total, cache_bytes=GPT(config).bfloat16().new_cache(1, 1).nbytes,
-        val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed * cost / peak / world, seed=args.seed,
+        val_loss=val, seconds=seconds, tokens_per_second=speed, mfu=peak and speed and speed * cost / peak / world, seed=args.seed,
         memory=torch.cuda.max_memory_allocated(device) if cuda else None,       # bytes at the peak, looks at the held-out text included
         device=f"{world} x {torch.cuda.get_device_name(device) if cuda else device.type}", torch=torch.__version__))
 
@@ -810,7 +849,7 @@ def main():
     parser, args, config = settings()
     try:
         if args.report:
-            parser.attempt(lambda: report(args.report, args.out, args.text, pick_device(args.device)))
+            parser.attempt(lambda: report(args.report, args.out, args.text, args.text_column, pick_device(args.device)))
         else:
             parser.attempt(train, args, config)
     except FloatingPointError as error:

@@ -31,7 +31,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, processors
 
 from matmla import GPT, Config
-from train import Parser, documents, get_encoding, integers, pick_device, positive, save
+from train import Parser, check_budgets, documents, get_encoding, integers, pick_device, positive, save
 
 # ---------------------------------------------------------------- reading a pretrained model
 
@@ -319,8 +319,7 @@ def transmla(args):
     for d_c, d_R in sizes:
         if d_R % gqa.d_h or d_R > full or not 1 <= d_c <= 2 * full - d_R:
             raise ValueError(f"d_R = {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c = {d_c} in 1..{2 * full - d_R}")
-    if not 1 <= min(budgets) <= max(budgets) <= gqa.n_h:
-        raise ValueError(f"budgets {budgets} must lie in 1..{gqa.n_h}, the heads of the model")
+    check_budgets(budgets, gqa.n_h)
     if encoding is None and (sizes or args.budgets):
         raise ValueError(f"{args.model} has no tokenizer, so no text can tell which keys or heads matter")
 
