@@ -125,7 +125,7 @@ def settings(argv=None):
     add("--weight-decay", default=0.1, type=float, help="of Muon")
     add("--warmup", default=20, type=positive, help="steps to the peak; over the last 60%% of all steps the rate falls to 0")
     add("--eval-every", default=100, type=positive, help="steps between two looks at the held-out text, and two checkpoints")
-    add("--eval-windows", default=256, type=positive, help="held-out windows in the last look; an eighth of them before")
+    add("--eval-windows", default=256, type=positive, help="held-out windows in the first and the last look; an eighth of them between")
     add("--seed", default=0, type=natural, help="of the initial weights and of the order of the data")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on cuda only")
@@ -770,7 +770,7 @@ def train(args, config):
 
     def look(step):
         if master:
-            count = args.eval_windows if step == args.steps else max(1, args.eval_windows // 8)
+            count = args.eval_windows if step in (0, args.steps) else max(1, args.eval_windows // 8)
             val = evaluate(model, val_tokens, count)
             log.write(json.dumps({"step": step, "val_loss": val}) + "\n")
             bar.write(f"step {step}: held-out loss " + ", ".join(f"{loss:.3f} at {m} heads" for m, loss in val.items()) + pace)
