@@ -1352,6 +1352,7 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("train.py", "--budgets", "4,12"): ("(4, 12)", "largest first"),
         ("train.py", "--budgets", "4,4"): ("(4, 4)", "different"),
         ("train.py", "--seed", "-1"): ("--seed", "-1"),
+        ("train.py", "--steps", "many"): ("--steps", "positive", "many"),
         ("train.py", "--rope-base", "0"): ("rope_base", "0"),
         ("train.py", "--shares", "1,2"): ("(1, 2)", "3"),
         ("train.py", "--resume", "--out", "nothing"): ("nothing/checkpoint.pt",),

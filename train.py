@@ -84,13 +84,14 @@ def integers(text):
     return tuple(int(part) for part in text.split(","))
 
 
-def at_least(least, text):
+def natural(text, least=0):
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is below {least}")
     return int(text)
 
 
-positive, natural = functools.partial(at_least, 1), functools.partial(at_least, 0)
+def positive(text):
+    return natural(text, least=1)
 
 
 def check_budgets(budgets, n_h):
@@ -428,7 +429,7 @@ def check_gradients(model, run, args, config, rank=0, world=1):
     """
     device, seeded = next(model.parameters()).device, torch.Generator().manual_seed(0)
     dtype, names = torch.bfloat16 if device.type == "cuda" else torch.float32, [name for name, _ in model.blocks[0].named_parameters()]
-    todo = every_pass(args, config, rank, world, device)[1]
+    todo = every_pass(args, config, rank, world, device)
     calls = {(len(rows), "a tensor" if isinstance(heads, torch.Tensor) else heads): heads for rows, heads in todo}
     for (n, _), heads in calls.items():
         x, towards = torch.randn(2, n, config.context, config.d, generator=seeded).to(device, dtype).unbind()
@@ -465,11 +466,15 @@ def passes(args, config, step, rows, device="cpu"):
     return [(torch.from_numpy(dealt).to(device), 1.0)]
 
 
+def period(args):
+    """Steps until every budget has had its turn."""
+    return sum(args.shares) if args.objective == "sample" else 1
+
+
 def every_pass(args, config, rank, world, device="cpu"):
-    """Steps until every budget has had its turn, and (rows, heads) of all passes that a process makes in them."""
-    steps = sum(args.shares) if args.objective == "sample" else 1
-    return steps, [(rows, heads) for step in range(steps) for rows in parts_of_batch(args, rank, world)
-                   for heads, _ in passes(args, config, step, rows, device)]
+    """(rows, heads) of all passes that a process makes in a period."""
+    return [(rows, heads) for step in range(period(args)) for rows in parts_of_batch(args, rank, world)
+            for heads, _ in passes(args, config, step, rows, device)]
 
 
 def learn(run, optimizer, tokens, step, args, config):
@@ -510,9 +515,9 @@ def flops_per_token(args, config, world=1):
             model(tokens, tokens, heads)[1].backward()
         return counter.get_total_flops()
 
-    both = [every_pass(args, config, rank, world) for rank in range(world)]
-    total = sum(count(len(rows), None if isinstance(heads, torch.Tensor) else heads) for _, todo in both for rows, heads in todo)
-    return total / (both[0][0] * args.batch * config.context)                   # a mask saves nothing
+    todo = [one for rank in range(world) for one in every_pass(args, config, rank, world)]
+    total = sum(count(len(rows), None if isinstance(heads, torch.Tensor) else heads) for rows, heads in todo)    # a mask saves nothing
+    return total / (period(args) * args.batch * config.context)
 
 
 def peak_flops(device):
@@ -607,9 +612,10 @@ def draw_losses(runs, path):
 
     several = len(runs) > 1
     axes = (figure := Figure(figsize=(14 if several else 7, 4), layout="constrained")).subplots(1, 1 + several, squeeze=False)[0]
-    batches, held_out = list(curves(runs[0]).values())[:2]                      # of the first run, at all its heads
-    for run in runs:
-        for i, (name, losses) in enumerate(curves(run).items()):                # each thinner, to show where they coincide
+    found = [curves(run) for run in runs]
+    batches, held_out = list(found[0].values())[:2]                             # of the first run, at all its heads
+    for run, lines in zip(runs, found):
+        for i, (name, losses) in enumerate(lines.items()):                      # each thinner, to show where they coincide
             style = {"linewidth": 7 / i} if i else {"linewidth": 1, "color": "0.7"}
             line, = axes[0].plot(losses.keys(), losses.values(), label=f"{run.name}: {name}" if several else name, **style)
             if run != runs[0]:
@@ -655,8 +661,8 @@ def report(runs, out, text=None, column="text", device=None):
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    finals, rows = {}, {}
-    for run in map(Path.resolve, runs):
+    runs, finals, rows = [run.resolve() for run in runs], {}, {}                # so that `.` too has a name
+    for run in runs:
         if run.name in finals:
             raise ValueError(f"two runs are named {run.name}; rename the folder of one")
         final = finals[run.name] = read_final(run)
