@@ -615,8 +615,9 @@ def draw_losses(runs, path):
     found = [curves(run) for run in runs]
     batches, held_out = list(found[0].values())[:2]                             # of the first run, at all its heads
     for run, lines in zip(runs, found):
-        for i, (name, losses) in enumerate(lines.items()):                      # each thinner, to show where they coincide
-            style = {"linewidth": 7 / i} if i else {"linewidth": 1, "color": "0.7"}
+        for i, (name, losses) in enumerate(lines.items()):
+            drawn = len(axes[0].lines)                                          # each thinner, to show where they coincide
+            style = {"linewidth": max(1, 7 / drawn)} if i else {"linewidth": 1, "color": "0.4" if drawn else "0.7"}
             line, = axes[0].plot(losses.keys(), losses.values(), label=f"{run.name}: {name}" if several else name, **style)
             if run != runs[0]:
                 first = held_out if i else batches
