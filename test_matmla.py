@@ -1241,6 +1241,9 @@ def test_of_short_texts_the_last_20th_is_held_out_also_after_a_kill(tmp_path, mo
     assert sizes[1] == pytest.approx(sum(sizes) / 20, abs=2)
     folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}"))                               # as a killed run leaves it
     assert train.prepare(args) == folder and [p.name for p in Path("data").iterdir()] == [folder.name]
+    _, args, _ = train.settings(["--data", "short.jsonl", "--tokens", "500"])
+    limited = train.prepare(args)
+    assert sum((limited / name).stat().st_size for name in ("train.bin", "val.bin")) // 2 in range(500, 510)    # whole documents
     Path("numbers.jsonl").write_text('{"text": 1}\n')
     refuses(("numbers.jsonl", "'text'"), monkeypatch, capsys, "train.py", "--data", "numbers.jsonl")
 

@@ -318,14 +318,14 @@ def prepare(args):
     try:
         with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val, \
                 tqdm(desc="tokens", unit="tok", unit_scale=True, total=args.tokens or None, leave=False, disable=None) as bar:
-            source, count = documents(args.data, args.data_config, args.text_column), 0
-            while batch := [text for _, text in zip(range(256), source)]:
+            source, count, left = documents(args.data, args.data_config, args.text_column), 0, args.tokens or math.inf
+            while left > 0 and (batch := [text for _, text in zip(range(256), source)]):
                 for tokens in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
-                    np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
-                    count += 1                                                  # whole documents are held out
-                    bar.update(len(tokens) + 1)
-                if args.tokens and train.tell() + val.tell() >= 2 * args.tokens:    # bytes
-                    break
+                    if left > 0:
+                        np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
+                        count += 1                                              # whole documents are held out
+                        left -= len(tokens) + 1
+                        bar.update(len(tokens) + 1)
         if count < held_out or (partial / "val.bin").stat().st_size < 20_000:   # few or short: hold out the last 20th
             tokens = np.concatenate([np.fromfile(partial / name, np.uint16) for name in ("val.bin", "train.bin")])
             tokens[: len(tokens) * 19 // 20].tofile(partial / "train.bin")
