@@ -622,13 +622,14 @@ def draw_losses(runs, path):
             if run != runs[0]:
                 first = held_out if i else batches
                 shared = [step for step in losses if step in first]
-                axes[1].plot(shared, [losses[step] - first[step] for step in shared], **style | {"color": line.get_color()})
+                axes[1].plot(shared, [losses[step] - first[step] for step in shared], label=line.get_label(),
+                             **style | {"color": line.get_color()})
     for one in axes:
         one.set(xlabel="step", ylabel="loss (nats per token)")
-    axes[0].legend()
+        one.legend()
     if several:
         axes[1].axhline(0, color="black", linewidth=1)
-        axes[1].set_title(f"minus {runs[0].name}'s")
+        axes[1].set_title(f"loss minus that of {runs[0].name}: above 0 is worse")
     figure.savefig(path, dpi=150)
 
 
