@@ -1203,6 +1203,7 @@ def test_training_flops_count_only_the_heads_that_are_computed():
     assert cost("--batch", "18", "--micro-batch", "9") == pytest.approx(sum(fixed) / 3)
     assert cost("--objective", "sum") == pytest.approx(sum(fixed))
     assert cost("--batch", "10") == pytest.approx(fixed[0])                                        # a mask saves nothing
+    assert cost("--batch", "10", "--micro-batch", "3") == pytest.approx(0.2 * sum(fixed) / 3 + 0.8 * fixed[0])    # in 3 steps 2 of 12 passes divide
     parts = cost("--batch", "10", "--micro-batch", "4", "--budgets", "12,4")                       # of 4, divided, of 3 and 3, masked
     assert parts == pytest.approx(0.4 * (fixed[0] + fixed[2]) / 2 + 0.6 * fixed[0])
     _, args, config = train.settings(["--context", "32", "--batch", "12"])
@@ -1284,6 +1285,18 @@ def test_diverging_run_stops_and_full_disk_keeps_the_old_checkpoint(trained):
         assert not list((folder / "kept").glob("*.partial"))
 
 
+def test_tokens_whose_vocabulary_is_out_of_reach_are_trained_on_and_reported(tmp_path, monkeypatch, capsys):
+    def out_of_reach(name):
+        raise OSError("no network")
+
+    for name in ("train.bin", "val.bin"):
+        (np.arange(2000) % 100).astype(np.uint16).tofile(tmp_path / name)
+    monkeypatch.setattr(train, "get_encoding", out_of_reach)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)                                         # pytest keeps its Ctrl-C
+    main_of("train.py", monkeypatch, *SMALL, "--data", tmp_path, "--out", tmp_path / "out")
+    assert "no samples: no network" in capsys.readouterr().out and train.read_final(tmp_path / "out")
+
+
 def test_report_compares_runs(trained, baseline):
     printed = run(trained[0], "train.py", "--report", "out", "baseline", "--out", "out")
     assert printed.count("matmla, mixed") == 3 and printed.count("| mla | 8 |") == 1
@@ -1294,7 +1307,7 @@ def test_report_compares_runs(trained, baseline):
     assert all(lines[f"held out, {m} heads"][max(lines["batches"]) + 1] == loss for m, loss in final["val_loss"].items())
 
 
-def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_path):
+def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_path, monkeypatch, capsys):
     baseline = trained[0] / "baseline"
     text = "def f(x):\n    return x\n" * 100
     (tmp_path / "other.txt").write_text(text)
@@ -1310,6 +1323,8 @@ def test_report_averages_seeds_and_reads_another_text(trained, baseline, tmp_pat
     printed = run(tmp_path, "train.py", "--report", "mla.2", "mla.0", "mla.1", "--text", "other.txt", "--out", ".")
     row = printed.splitlines()[-1].split(" | ")
     assert printed.count("| mla | mla |") == 2 and row[0] == "| mla" and row[-3] == f"{loss + 0.1:.4f} ± 0.1000" and row[-2] == f"{math.exp(loss + 0.1):.3f}"
+    shutil.copytree(baseline, tmp_path / "mla")
+    refuses(("mla", "seed 0"), monkeypatch, capsys, "train.py", "--report", tmp_path / "mla.0", tmp_path / "mla", "--out", tmp_path)
     model, encoding = train.load(baseline / "checkpoint.pt", "cpu")
     tokens, context = torch.tensor(encoding.encode(text)), model.config.context
     n = (len(tokens) - 1) // context
@@ -1362,6 +1377,7 @@ def test_mistakes_are_one_line_and_status_2(trained, tmp_path, monkeypatch, caps
         ("train.py", "--resume", "--out", trained[0] / "out", "--d", "48"): ("shape",),
         ("train.py", "--resume", "--out", trained[0] / "out", "--budgets", "4"): ("shape",),
         ("train.py", "--resume", "--out", trained[0] / "out", "--shares", "2,1,1"): ("--shares", "--init"),
+        ("train.py", "--resume", "--out", trained[0] / "out", "--weight-decay", "5"): ("--weight-decay", "--init"),
         ("train.py", "--report", "nothing"): ("nothing",),
         ("train.py", "--report", trained[0] / "out", trained[0] / "out"): ("two runs", "out"),
         ("train.py", "--text", "my.txt"): ("--text", "--report"),

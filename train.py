@@ -177,9 +177,9 @@ def settings(argv=None):
     args.shares = args.shares or (1,) * len(config.budgets)
     if len(args.shares) != len(config.budgets) or min(args.shares) < 1:
         parser.error(f"shares {args.shares} must be positive, one for each of the {len(config.budgets)} budgets")
-    for name in ("batch", "objective", "shares") if saved else ():
+    for name in ("batch", "objective", "shares", "seed", "weight_decay") if saved else ():
         if getattr(args, name) != saved["settings"][name]:
-            parser.error(f"--resume goes on with the run's own --{name}; a run with another one may start from its weights, with --init")
+            parser.error(f"--resume goes on with the run's own --{name.replace('_', '-')}; a run with another one may start from its weights, with --init")
     return parser, args, config
 
 
@@ -467,8 +467,8 @@ def passes(args, config, step, rows, device="cpu"):
 
 
 def period(args):
-    """Steps until every budget has had its turn."""
-    return sum(args.shares) if args.objective == "sample" else 1
+    """Steps after which the deal of the budgets repeats."""
+    return 1 if args.objective == "sum" else sum(args.shares)
 
 
 def every_pass(args, config, rank, world, device="cpu"):
@@ -613,7 +613,7 @@ def draw_losses(runs, path):
     several = len(runs) > 1
     axes = (figure := Figure(figsize=(14 if several else 7, 4), layout="constrained")).subplots(1, 1 + several, squeeze=False)[0]
     found = [curves(run) for run in runs]
-    batches, held_out = list(found[0].values())[:2]                             # of the first run, at all its heads
+    (_, batches), (at, held_out), *_ = found[0].items()                         # of the first run, at all its heads
     for run, lines in zip(runs, found):
         for i, (name, losses) in enumerate(lines.items()):
             drawn = len(axes[0].lines)                                          # each thinner, to show where they coincide
@@ -629,7 +629,7 @@ def draw_losses(runs, path):
         one.legend()
     if several:
         axes[1].axhline(0, color="black", linewidth=1)
-        axes[1].set_title(f"loss minus that of {runs[0].name}: above 0 is worse")
+        axes[1].set_title(f"loss minus that of {runs[0].name}, {at}: above 0 is worse")
     figure.savefig(path, dpi=150)
 
 
@@ -671,7 +671,10 @@ def report(runs, out, text=None, column="text", device=None):
         if text:
             final["text"], final["text_loss"] = str(text), text_loss(run, text, column, device)
         name = run.stem if run.suffix == f".{final['seed']}" else run.name
-        rows.setdefault((name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), []).append(final)
+        row = rows.setdefault((name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), [])
+        if final["seed"] in [one["seed"] for one in row]:
+            raise ValueError(f"two runs named {name} have seed {final['seed']}; rename the folder of one")
+        row.append(final)
     heads = ["run", "variant", "heads", "parameters", "tokens", "training FLOPs", "seconds", "cache, bytes per token",
              "held-out loss", "perplexity"] + ([f"perplexity of {Path(text).name}"] if text else [])
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
@@ -845,7 +848,10 @@ def finish(model, args, log, final):
     report([args.out], args.out)
     if args.encoding is None:
         return                                                                  # tokens without a text to show
-    encoding, prompt = get_encoding(args.encoding), "def read(self, " if args.data == "stdlib" else "The "
+    try:
+        encoding, prompt = get_encoding(args.encoding), "def read(self, " if args.data == "stdlib" else "The "
+    except OSError as error:                                                    # tokens were there, their vocabulary is not
+        return print(f"\nno samples: {error}")
     prompt = torch.tensor([encoding.encode_ordinary(prompt)], device=model.embed.weight.device)
     for m in final["val_loss"]:
         text = model.eval().generate(prompt, 200, m, temperature=0.8, top_k=40)
