@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -31,6 +30,7 @@ import signal
 import sys
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -321,11 +321,12 @@ def prepare(args):
             source, count, left = documents(args.data, args.data_config, args.text_column), 0, args.tokens or math.inf
             while left > 0 and (batch := [text for _, text in zip(range(256), source)]):
                 for tokens in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
-                    if left > 0:
-                        np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
-                        count += 1                                              # whole documents are held out
-                        left -= len(tokens) + 1
-                        bar.update(len(tokens) + 1)
+                    if left <= 0:
+                        break
+                    np.array(tokens + [encoding.eot_token], np.uint16).tofile(val if count % held_out == 0 else train)
+                    count += 1                                                  # whole documents are held out
+                    left -= len(tokens) + 1
+                    bar.update(len(tokens) + 1)
         if count < held_out or (partial / "val.bin").stat().st_size < 20_000:   # few or short: hold out the last 20th
             tokens = np.concatenate([np.fromfile(partial / name, np.uint16) for name in ("val.bin", "train.bin")])
             tokens[: len(tokens) * 19 // 20].tofile(partial / "train.bin")
@@ -507,16 +508,13 @@ def flops_per_token(args, config, world=1):
     """Floating-point operations that one token costs in training, counted by torch on tensors without data."""
     with torch.device("meta"):
         model = GPT(config)
-
-    @functools.cache
-    def count(n, heads):
+    todo = [one for rank in range(world) for one in every_pass(args, config, rank, world)]
+    calls, total = Counter((len(rows), None if isinstance(heads, torch.Tensor) else heads) for rows, heads in todo), 0
+    for (n, heads), times in calls.items():                                     # None: a mask saves nothing
         tokens = torch.zeros(n, config.context, dtype=torch.long, device="meta")
         with FlopCounterMode(display=False) as counter:
             model(tokens, tokens, heads)[1].backward()
-        return counter.get_total_flops()
-
-    todo = [one for rank in range(world) for one in every_pass(args, config, rank, world)]
-    total = sum(count(len(rows), None if isinstance(heads, torch.Tensor) else heads) for rows, heads in todo)    # a mask saves nothing
+        total += times * counter.get_total_flops()
     return total / (period(args) * args.batch * config.context)
 
 
