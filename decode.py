@@ -1,195 +1,190 @@
 """
-Decoding on a GPU, fast: one CUDA graph per step. What it computes is in matmla.py; nothing here is needed to understand it.
+Decoding on a GPU, fast. What a step computes is in matmla.py; nothing here is needed to understand it.
 
-GPT.stream takes this instead of its own step where there is CUDA. One new token is so little work that the number of kernels
-counts, and how many parts of the chip read the cache at the same time:
-
-  attend_one   `attend` for one new token: flash decoding, through torch's FlexAttention
-  join         a copy of a block with fewer, larger matrices, of the same weights
-  Step         the blocks compiled, and a step recorded once per budget, so that the host starts it with one call
+One new token is so little work that what counts is the number of kernels, and how many parts of the chip read the cache
+at the same time. So a step is one CUDA graph of compiled blocks (`fast`), of fewer and larger matrices (`Joined`), with
+flash decoding through torch's FlexAttention (`attend_one`).
 """
 
-import copy
 import functools
 import importlib.util
+from unittest import mock
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from matmla import Block, Cache, mask_heads
+import matmla
+from matmla import GQA, MHA, MLA, Cache, MatMLA, NestedMHA, attend, rope
 
 
 def attend_one(q, k, v, positions, scale):
-    """`attend` for one new token on a GPU, where the number of keys is known to the device only.
+    """`attend` for one new token whose position only the GPU knows: keys after it are there, but left out.
 
-    Compiled, it is flash decoding: pieces of the keys are read by different parts of the chip and joined after. A single
-    short row of keys, as one sequence has in a latent attention, is read by plain products: dividing it would take longer.
+    Compiled, it is flash decoding: different parts of the chip read pieces of the keys, and these are joined after. One
+    short row of keys, as one sequence has in a latent attention, is left to `attend`: dividing it takes longer.
     """
-    B, S, n_kv, w = k.shape
-    q, k, v = q[:, 0].unflatten(1, (n_kv, -1)), k.transpose(1, 2), v.transpose(1, 2)    # heads of a group: just more queries
-    if torch.compiler.is_compiling() and (B * n_kv > 1 or S > 4096) and 16 <= v.shape[-1] <= w <= 256:    # what the kernel can do
-        used, piece = positions // 128 + 1, torch.arange(-(-S // 128), device=q.device)
-        mask = BlockMask.from_kv_blocks(
-            used.int().view(1, 1, 1), piece.int().view(1, 1, 1, -1), BLOCK_SIZE=128, seq_lengths=(q.shape[2], S),
-            mask_mod=lambda b, h, i, key: key <= positions[0], compute_q_blocks=False,
-        )
-        tile = 2 * 2 * 64 * (1 << (w - 1).bit_length())                         # bytes of 64 keys and values on the chip
-        chip = torch.cuda.get_device_properties()
-        options = dict(BLOCK_N=64, num_warps=4, num_stages=max(1, min(3, chip.shared_memory_per_block_optin // tile)))
-        options["SPLIT_KV"] = max(1, min(2 * chip.multi_processor_count // (B * n_kv), S // 64))
-        o = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
-    else:
-        scores = (q * scale @ k.mT).float()                                     # [B,n_kv,group,S]
-        p = scores.masked_fill(torch.arange(S, device=q.device) > positions, -torch.inf).softmax(-1)
-        o = p.to(v.dtype) @ v
-    return o.flatten(1, 2)[:, None]
+    B, S, g, w = k.shape
+    able = q.dtype == torch.bfloat16 and 16 <= v.shape[-1] <= w <= 256
+    if not able or not torch.compiler.is_compiling() or B * g == 1 and S <= 4096:
+        return attend(q, k, v, positions, scale)
+    q, k, v = q[:, 0].unflatten(1, (g, -1)), k.transpose(1, 2), v.transpose(1, 2)    # a group's heads: more queries
+    used, piece = positions // 128 + 1, torch.arange(-(-S // 128), device=q.device)
+    mask = BlockMask.from_kv_blocks(
+        used.int().view(1, 1, 1), piece.int().view(1, 1, 1, -1), BLOCK_SIZE=128, seq_lengths=(q.shape[2], S),
+        mask_mod=lambda b, h, i, key: key <= positions[0], compute_q_blocks=False)
+    chip = torch.cuda.get_device_properties()
+    tile = 2 * 2 * 64 * (1 << (w - 1).bit_length())                 # bytes of 64 keys and values on the chip
+    options = dict(BLOCK_N=64, num_warps=4, num_stages=max(1, min(3, chip.shared_memory_per_block_optin // tile)))
+    options["SPLIT_KV"] = max(1, min(2 * chip.multi_processor_count // (B * g), S // 64))
+    o = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
+    return o.flatten(1, 2)[:, None]                                 # [B,1,h,w_v]
 
 
-def graph_rows(tokens):
-    """How many rows a graph reads for so many tokens: a power of two, so that few sizes are compiled."""
-    return max(1024, 1 << (tokens - 1).bit_length())
+def after(norm, *weights):
+    """One matrix for all products that follow a norm, with the norm's own weight g in it: W g."""
+    return torch.cat(weights) * norm.weight.to(weights[0].dtype)
 
 
-@functools.cache
-def compiled_block(lone):
-    """Block.forward, compiled once for all layers; as it is where there is no compiler."""
-    if not importlib.util.find_spec("triton"):
-        return Block.forward
-    tuned = {
-        "coordinate_descent_tuning": lone,                                      # a lone sequence's products fuse with the rest
-        "combo_kernels": True,                                                  # what does not wait for each other is one kernel
-        "force_pointwise_cat": True, "realize_opcount_threshold": 100,          # no kernel of its own for RoPE, nor for joining
-    }
-    return torch.compile(Block.forward, dynamic=False, fullgraph=True, options=tuned)
+def product(x, W_g, eps):
+    """x [B, 1, n] -> [B, 1, rows of W_g]. W (g x / rms) is (W g) x / rms: so the product need not wait for the norm."""
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    y = F.linear(x[:, 0], W_g)[:, None]                             # of 3 dimensions, it might be a slower kernel
+    return (y * (squares.mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
-class GraphCache(Cache):
-    """A Cache for a CUDA graph, which is recorded once and must be right for any length: a tensor says where the next row goes.
+class Joined:
+    """`Block.forward` for one token x [B, 1, d], m heads and a GraphCache; `attention` depends on the variant."""
 
-    position [1]. All rows are returned, also those not in use, which `attend` leaves out.
-    """
+    def __init__(self, block):
+        self.a, self.W_down, self.eps = block.attention, block.W_down, block.norm_attention.eps
+        self.W_gate_up = after(block.norm_feed_forward, block.W_gate.weight, block.W_up.weight)
 
-    def __init__(self, rows, heads, position):
-        super().__init__(rows, heads)
-        self.position = position
-
-    def layer(self, i):
-        return GraphCache(self.rows[i], self.heads, self.position)
-
-    def positions(self, T):
-        return self.position
-
-    @torch.no_grad()
-    def append(self, new):
-        self.rows[:, self.position] = new.to(self.rows.dtype)
-        return self.rows
+    def forward(self, x, m, cache):
+        x = x + self.attention(x, m, cache)
+        gate, up = product(x, self.W_gate_up, self.eps).chunk(2, -1)
+        return x + self.W_down(F.silu(gate) * up)
 
 
-class Part(nn.Module):
-    """In place of a Linear: its numbers, out of a product that was made before."""
+class JoinedMHA(Joined):
+    """MHA, nested MHA and GQA: the row for the cache and the queries are one product."""
 
-    def __init__(self, start, stop):
-        super().__init__()
-        self.start, self.stop = start, stop
+    def __init__(self, block):
+        super().__init__(block)
+        W_Q, W_K, W_V = (W.weight.unflatten(0, (-1, self.a.d_h)) for W in (self.a.W_Q, self.a.W_K, self.a.W_V))
+        W_row = torch.cat((W_K, W_V), 1)                            # head by head, k then v
+        self.W_row_Q = after(block.norm_attention, W_row.flatten(0, 1), W_Q.flatten(0, 1))
 
-    def forward(self, x):
-        return x[..., self.start : self.stop]
-
-
-def linear(weight):
-    """A Linear without bias that has this weight."""
-    W = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    W.weight = nn.Parameter(weight)
-    return W
-
-
-class NormLinear(nn.Module):
-    """RMSNorm and the product after it: W (g x / rms) is (W g) x / rms, and so neither waits for the other."""
-
-    def __init__(self, norm, weight):
-        super().__init__()
-        self.eps, self.product = norm.eps, linear(weight * norm.weight.to(weight.dtype))
-
-    def forward(self, x):
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
-        return (self.product(x) * (squares.mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+    def attention(self, x, m, cache):
+        a, position, numbers = self.a, cache.length, cache.rows.shape[-1]
+        row, q = product(x, self.W_row_Q[: numbers + m * a.d_h], self.eps).split((numbers, m * a.d_h), -1)
+        k, v = row.unflatten(-1, (-1, 2 * a.d_h)).chunk(2, -1)
+        rows = cache.append(torch.cat((rope(k, position, a.rope_base), v), -1).flatten(2))
+        k, v = rows[..., : a.numbers(m)].unflatten(-1, (-1, 2 * a.d_h)).chunk(2, -1)
+        q = rope(q.unflatten(-1, (m, -1)), position, a.rope_base)
+        o = matmla.attend(q, k, v, position, a.d_h**-0.5)
+        return F.linear(o.flatten(2), a.W_O.weight[:, : m * a.d_h])
 
 
-def read_folded(self, x, memory, positions, heads):
-    """`read_absorbed` of a latent attention whose W_UQ leads into the latent and whose W_O leads out of it."""
-    q = torch.cat(self.queries(x, positions, heads), -1)
-    row = memory.unsqueeze(2)
-    o_latent = mask_heads(self.attend(q, row, row, positions, self.scale)[..., : self.d_c], heads).flatten(2)
-    return F.linear(o_latent, self.W_O.weight[:, : o_latent.shape[-1]])
+class JoinedMLA(Joined):
+    """MLA and MatMLA, absorbed: W_UK is multiplied into W_UQ, which so leads into the latent, and W_UV into W_O."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        a = self.a
+        W_UQ, W_QR, W_UK, W_UV = (W.weight.unflatten(0, (a.n_h, -1)) for W in (a.W_UQ, a.W_QR, a.W_UK, a.W_UV))
+        W_Q = torch.cat((torch.einsum("hdc,hdq->hcq", W_UK, W_UQ), W_QR), 1)                # [n_h,d_c+d_R,d_cq]
+        W_O = torch.einsum("ohd,hdc->ohc", a.W_O.weight.unflatten(1, (a.n_h, -1)), W_UV)    # [d,n_h,d_c]
+        self.W_Q, self.W_O = after(a.norm_Q, W_Q.flatten(0, 1)), W_O.flatten(1)
+        self.W_D = after(block.norm_attention, a.W_DQ.weight, a.W_DKV.weight, a.W_KR.weight)
+
+    def attention(self, x, m, cache):
+        a, position = self.a, cache.length
+        c_Q, c_KV, k_R = product(x, self.W_D, self.eps).split((self.W_Q.shape[1], a.d_c, a.d_R), -1)
+        k_R = rope(k_R.unsqueeze(2), position, a.rope_base).flatten(2)
+        row = cache.append(torch.cat((a.norm_KV(c_KV), k_R), -1)).unsqueeze(2)              # [B,S,1,d_c+d_R]
+        q = product(c_Q, self.W_Q[: m * (a.d_c + a.d_R)], self.eps).unflatten(-1, (m, -1))
+        q_latent, q_R = q.split((a.d_c, a.d_R), -1)
+        q = torch.cat((q_latent, rope(q_R, position, a.rope_base)), -1)                     # [B,1,m,d_c+d_R]
+        o = matmla.attend(q, row, row, position, a.scale)[..., : a.d_c]
+        return F.linear(o.flatten(2), self.W_O[:, : m * a.d_c])
 
 
 def join(block):
-    """A copy of a block to decode with: matrices that multiply the same vector are one, with the norm that made it."""
-    block = copy.deepcopy(block, {id(p): p for p in block.parameters()})        # of the modules, not of their weights
-    attention, feed_forward = block.attention, block.feed_forward
-    if attention.W_O.weight.dtype == torch.bfloat16:                            # what its kernel is made for
-        attention.attend = attend_one
-    if attention.short > 1 and attention.W_UQ.bias is None:                     # into the latent and out of it in one product each
-        W_UQ, W_UK, W_UV = (W.weight.unflatten(0, (-1, attention.d_h)) for W in (attention.W_UQ, attention.W_UK, attention.W_UV))
-        W_O = attention.W_O.weight.unflatten(1, (-1, attention.d_h))
-        attention.W_UQ = linear(torch.einsum("hdc,hdq->hcq", W_UK, W_UQ).flatten(0, 1))
-        attention.W_O = linear(torch.einsum("ohd,hdc->ohc", W_O, W_UV).flatten(1))
-        attention.d_h = attention.d_c                                           # as wide as heads now are
-        attention.read_absorbed = functools.partial(read_folded, attention)
-    for owner, norm, module, names in (
-        (block, "norm_attention", attention, ("W_Q", "W_K", "W_V")),
-        (block, "norm_attention", attention, ("W_DQ", "W_DKV", "W_KR")),
-        (attention, "norm_Q", attention, ("W_UQ", "W_QR")),
-        (block, "norm_feed_forward", feed_forward, ("W_gate", "W_up")),
-    ):
-        matrices = [getattr(module, name, None) for name in names]
-        if all(isinstance(W, nn.Linear) and W.bias is None for W in matrices):
-            before, joined, stop = getattr(owner, norm), torch.cat([W.weight for W in matrices]), 0
-            first = isinstance(before, nn.Identity) or joined.dtype == torch.float16    # would overflow before the norm
-            setattr(owner, norm, nn.Sequential(before, linear(joined)) if first else NormLinear(before, joined))
-            for name, W in zip(names, matrices):
-                start, stop = stop, stop + W.out_features
-                setattr(module, name, Part(start, stop))
-    return block
+    """The block for one token; the block itself if it does not absorb, or has what only pretrained models need."""
+    a = block.attention
+    if type(a) in (MLA, MatMLA) and a.short > 1 and hasattr(a.W_DQ, "weight"):
+        return JoinedMLA(block)
+    return JoinedMHA(block) if type(a) in (MHA, NestedMHA, GQA) else block
 
 
-class Step:
-    """One decoding step on a GPU as a CUDA graph: the host starts it with one call, and never waits.
+class GraphCache(Cache):
+    """A layer's Cache for a graph, which must be right for any length. So the length is a tensor, [1], and all rows are
+    returned: `attend` leaves out those that are not in use."""
 
-    There is one graph per budget, and per doubling of the length beyond 1024: a graph reads a fixed number of rows.
+    def __init__(self, rows, heads, length):
+        super().__init__(rows, heads)
+        self.length = length
+
+    def append(self, new):
+        self.rows[:, self.length] = new
+        return self.rows
+
+
+@functools.cache
+def compiled(forward, lone):
+    """The forward of a block, compiled once for all layers; as it is where there is no compiler."""
+    if not importlib.util.find_spec("triton"):
+        return forward
+    options = {"combo_kernels": True, "force_pointwise_cat": True, "realize_opcount_threshold": 100}    # fewer kernels
+    options["coordinate_descent_tuning"] = lone                     # a lone sequence's products fuse with the rest
+    return torch.compile(forward, dynamic=False, options=options)
+
+
+def record(function, device):
+    """A CUDA graph of the function, and the tensor in which every replay leaves its result."""
+    with torch.cuda.device(device), torch._dynamo.config.patch(recompile_limit=64):    # budgets, lengths and batches
+        function()                                                  # compiles; then record, which runs nothing
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, function()
+
+
+@torch.no_grad()
+def fast(model, attend=attend_one):
+    """Replace model.step, which generate calls, by one that replays a CUDA graph for one new token after others.
+
+    There is one graph per budget, and per doubling of the length beyond 1024: a graph reads a fixed number of rows. The
+    logits are overwritten by the next step. The weights must not change any more.
     """
-
-    def __init__(self, model, cache, choose, generator=None):
-        self.model, self.cache, self.choose, self.generator = model, cache, choose, generator
-        self.token = torch.zeros(cache.rows.shape[1], 1, dtype=torch.long, device=cache.rows.device)
-        self.position = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
-        self.blocks = [functools.partial(compiled_block(len(self.token) == 1), join(block)) for block in model.blocks]
-        self.graphs = {}
+    ordinary, joined = model.step, [join(block) for block in model.blocks]
 
     @torch.no_grad()
-    def __call__(self, token, m):
-        """The token after token [B, 1], [B, 1], which the next call overwrites. m: the budget, as `heads` in GPT.forward."""
-        S = min(self.cache.rows.shape[2], graph_rows(self.cache.length + 1))
-        self.token.copy_(token)
-        self.position.fill_(self.cache.length)
-        if (m, S) not in self.graphs:
-            view = GraphCache(self.cache.rows[:, :, :S], self.cache.heads, self.position)
-
+    def step(tokens, heads, cache):
+        batch, capacity, _ = cache[0].rows.shape
+        if tokens.shape != (batch, 1) or not 0 < cache.length < min(capacity, model.config.context):
+            return ordinary(tokens, heads, cache)
+        budgets = model.blocks[0].attention.check(heads, batch, cache[0].heads)
+        if not hasattr(cache, "graphs"):                            # they read its memory, so they live as long as it
+            cache.graphs, cache.token, cache.position = {}, tokens.clone(), tokens.new_zeros(1)
+        cache.token.copy_(tokens)
+        cache.position.fill_(cache.length)
+        S = min(capacity, max(1024, 1 << cache.length.bit_length()))
+        if (budgets, S) not in cache.graphs:
+            layers = [GraphCache(layer.rows[:, :S], layer.heads, cache.position) for layer in cache]
+            alike = len(set(budgets)) == 1 and cache[0].heads == model.config.n_h
+            blocks, m = (joined, budgets[0]) if alike else (model.blocks, budgets)
             def logits():
-                return self.model.unembed(self.model.hidden(self.token, m, view, self.blocks)[:, -1])
+                x = model.embed(cache.token)
+                for block, layer in zip(blocks, layers):
+                    x = compiled(type(block).forward, batch == 1)(block, x, m, layer)
+                return model.unembed(model.norm(x))[:, -1]
 
-            with torch._dynamo.config.patch(recompile_limit=64):                # budgets, lengths and batches
-                logits()                                                        # compiles; then record, which runs nothing
-            with torch.cuda.device(token.device):
-                graph = torch.cuda.CUDAGraph()
-                if self.generator:
-                    graph.register_generator_state(self.generator)
-                with torch.cuda.graph(graph):
-                    new = self.choose(logits())
-            self.graphs[m, S] = graph, new
-        graph, new = self.graphs[m, S]
+            with mock.patch("matmla.attend", attend):               # what every attention calls, while it is traced
+                cache.graphs[budgets, S] = record(logits, tokens.device)
+        graph, result = cache.graphs[budgets, S]
         graph.replay()
-        self.cache.length += 1
-        return new
+        for layer in cache:
+            layer.length += 1
+        return result
+    model.step = step

@@ -2,27 +2,93 @@
 Continue a prompt with a trained model at any head budget.
 
     python sample.py --heads 4 --prompt "class Tree:"
-    python sample.py --heads 12:64,4:*              the budget changes while generating: 64 tokens at 12 heads, the rest at 4
-    python sample.py --compare                      the same prompt at every budget, with tokens/s and the size of the cache
+    python sample.py --heads 12:64,4:*       the budget changes while generating: 64 tokens at 12 heads, the rest at 4
+    python sample.py --compare               the same prompt at every budget, with tokens/s and the size of the cache
     cat story.txt | python sample.py --prompt-file -
 """
 
 import codecs
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from train import Parser, load, pick_device, positive, token_bytes
+from common import Parser, load, pick_device, positive    # the first of ours: it decides which file is matmla
+from data import token_bytes
+from decode import fast
 
 
-def settings(argv=None):
+def schedule(text, n):
+    """--heads for n new tokens, as GPT.stream takes it: None, a budget, or a list, "12:64,4:*" is 64 times 12, then 4.
+
+    ValueError if it is neither a number nor a schedule, or is for another number of tokens.
+    """
+    if not text or text.isdecimal():
+        return int(text) if text else None
+    if not re.fullmatch(r"(\d+:\d+,)*\d+:(\d+|\*)", text):
+        raise ValueError(f"--heads {text} is neither a number of heads nor a schedule like 12:64,4:*")
+    budgets = []
+    for m, count in (part.split(":") for part in text.split(",")):
+        budgets += [int(m)] * (n - len(budgets) if count == "*" else int(count))
+    if len(budgets) != n:
+        raise ValueError(f"--heads {text} is a schedule for {len(budgets)} tokens, but there are {n}; end it with :*")
+    return budgets
+
+
+def read_prompt(args):
+    """The text to continue. ValueError if it is not UTF-8."""
+    try:
+        if args.prompt_file is None:
+            return args.prompt.encode().decode()                    # fails for bytes that the terminal could not decode
+        return (sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()).decode()
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
+
+
+def write(text):
+    """To the screen as it comes, as UTF-8 also where the terminal would rather not."""
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
+
+
+def sample(args):
+    device, text = pick_device(args.device), read_prompt(args)
+    model, encoding = load(args.checkpoint, device)
+    if device.type == "cuda":
+        fast(model.bfloat16())                                      # in bfloat16, half the bytes are read per token
+    elif sum(p.numel() for p in model.parameters()) < 1e7:
+        torch.set_num_threads(1)                                    # a step is too short to be shared
+    prompt = torch.tensor([encoding.encode_ordinary(text)] * args.samples, dtype=torch.long, device=device)
+    for heads in model.config.budgets if args.compare else [schedule(args.heads, args.tokens)]:
+        seeded = torch.Generator(device).manual_seed(args.seed)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+        new, times = [], []
+        for tokens in model.stream(prompt, args.tokens, heads, args.temperature, args.top_k, args.top_p, seeded):
+            new.append([token_bytes(encoding, token) for token in tokens.tolist()])
+            times.append(time.perf_counter())
+            if args.compare and len(new) == 1:
+                write(f"--- {heads} heads ---\n")
+            if args.samples == 1 and len(new) == 1:
+                write(text)
+            if args.samples == 1:
+                write(decoder.decode(new[-1][0], final=len(new) == args.tokens))
+        if args.samples > 1:
+            write("\n---\n".join(text + b"".join(one).decode("utf-8", "replace") for one in zip(*new)))
+        write("\n")
+        if args.compare and len(times) > 2:                         # the first two read the prompt and warm up
+            speed = args.samples * (len(times) - 2) / (times[-1] - times[1])
+            cache = model.new_cache(args.samples, 1).nbytes
+            write(f"--- {heads} heads: {speed:,.0f} tokens/s, {cache:,} bytes of cache per token ---\n\n")
+
+
+def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default=Path("out/checkpoint.pt"), type=Path, help="written by train.py")
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--heads", default="", help="head budget, 1 to all, or a schedule of budget:tokens, * for the rest; by default all heads")
+    one.add_argument("--heads", default="", help="1 to all (the default), or a schedule heads:tokens, * for the rest")
     one.add_argument("--compare", action="store_true", help="once at each budget the model was trained for")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--prompt", default="import ", help="text to continue")
@@ -34,76 +100,7 @@ def settings(argv=None):
     add("--top-p", default=1.0, type=float, help="and among the fewest that have this much probability together")
     add("--seed", default=0, type=int, help="the same seed gives the same text")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    return parser, parser.parse_args(argv)
-
-
-def schedule(text, n):
-    """A budget, or one for each of n new tokens: "12:64,4:*" is 64 times 12, then 4. None if text is empty."""
-    parts = [part.split(":") for part in text.split(",")]
-    try:
-        if len(parts) == 1 and len(parts[0]) == 1:
-            return int(text) if text else None
-        budgets, counts = zip(*parts, strict=True)
-        budgets, counts, last = [int(m) for m in budgets], [int(count) for count in counts[:-1]], counts[-1]
-        counts.append(max(1, n - sum(counts)) if last == "*" else int(last))
-        if min(counts) < 1 or max(map(len, parts)) > 2:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--heads {text} is neither a number of heads nor a schedule like 12:64,4:*") from None
-    if sum(counts) != n:
-        raise ValueError(f"--heads {text} says what to do for {sum(counts)} tokens, but there are {n}; end it with :*")
-    return [m for m, count in zip(budgets, counts) for _ in range(count)]
-
-
-def read_prompt(args):
-    if args.prompt_file is None:
-        return args.prompt
-    try:
-        return (sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")).read().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{args.prompt_file} is not UTF-8 text") from None
-
-
-def write(text):
-    """To the screen as it comes, as UTF-8 also where the terminal would rather not."""
-    sys.stdout.buffer.write(text.encode())
-    sys.stdout.buffer.flush()
-
-
-def sample(args):
-    device = pick_device(args.device)
-    model, encoding = load(args.checkpoint, device)
-    model = model.bfloat16() if device.type == "cuda" else model                # half the bytes to read per token
-    if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 1e7:
-        torch.set_num_threads(1)                                                # a step is too short to be shared
-    text = read_prompt(args)
-    prompt = torch.tensor([encoding.encode_ordinary(text)] * args.samples, dtype=torch.long, device=device)
-    for heads in model.config.budgets if args.compare else [schedule(args.heads, args.tokens)]:
-        seeded = torch.Generator(device).manual_seed(args.seed)
-        stream = model.stream(prompt, args.tokens, heads, args.temperature, args.top_k, args.top_p, seeded)
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompt]    # a character may span several tokens
-        texts, times = [text] * args.samples, []
-        if args.compare:
-            write(f"--- {heads} heads ---\n")
-        for i, tokens in enumerate(stream):
-            times.append(time.perf_counter())
-            if i == 0 and args.samples == 1:
-                write(text)
-            new = [decoder.decode(token_bytes(encoding, token)) for decoder, token in zip(decoders, tokens.tolist())]
-            texts = [old + more for old, more in zip(texts, new)]
-            if args.samples == 1:
-                write(new[0])
-        ends = [decoder.decode(b"", final=True) for decoder in decoders]
-        write(ends[0] + "\n" if args.samples == 1 else "\n---\n".join(t + end for t, end in zip(texts, ends)) + "\n")
-        if args.compare and len(times) > 2:                                     # the first steps read the prompt and warm up
-            speed = args.samples * (len(times) - 2) / (time.perf_counter() - times[1])
-            cache = model.new_cache(args.samples, 1).nbytes
-            write(f"--- {heads} heads: {speed:,.0f} tokens/s, {cache:,} bytes of cache per token ---\n\n")
-
-
-def main():
-    parser, args = settings()
-    parser.attempt(sample, args)
+    parser.attempt(sample, parser.parse_args())
 
 
 if __name__ == "__main__":

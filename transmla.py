@@ -1,21 +1,21 @@
 """
 TransMLA (arXiv:2502.07864): a pretrained GQA model becomes an MLA model with the same cache, exactly.
 
-    python transmla.py MODEL                           a folder, .gguf file or Hugging Face id of a Llama, Mistral or Qwen2
+    python transmla.py MODEL                           a folder, .gguf file or Hugging Face id: Llama, Mistral or Qwen2
     python transmla.py MODEL --d-R 64 --d-c 192,128    smaller caches, no longer exact; the last one is saved
     python transmla.py MODEL --budgets 9,6,3           as MatMLA, in every layer the most important heads first
     python sample.py --checkpoint out/transmla/checkpoint.pt
-    python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE --context 512 --lr 5e-4 --lr-adamw 5e-5
+    python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE --lr 5e-4 --lr-adamw 5e-5
 
-Why RoPE is no obstacle: nothing has to move through it. A GQA layer caches n_kv rotated keys and n_kv values. Its keys, side
-by side, are one k_R of width n_kv·d_h, whose frequencies start anew after every d_h numbers; its values are c_KV. A query is
-zero outside the slot of its own key, and W_UV picks the value. For head h of group g = h // (n_h / n_kv):
+Why RoPE is no obstacle: nothing has to move through it. A GQA layer caches n_kv rotated keys and n_kv values. Its keys,
+side by side, are one k_R of width n_kv·d_h, whose frequencies start anew after every d_h numbers; its values are c_KV.
+A query is zero outside the slot of its own key, and W_UV picks the value. For head h of group g = h // (n_h / n_kv):
 
     q_R = (0, ..., q_h, ..., 0)        q_R · k_R = q_h · k_g
     W_UV = (0, ..., 1, ..., 0)         W_UV c_KV = v_g
 
-q_C · k_C = q_hᵀ W_UK c_KV says nothing yet: W_UK is zero (W_UQ is not, or no gradient would ever reach either). There, and
-in the zeros of W_QR and W_UV, training finds what GQA cannot say.
+q_C · k_C = q_hᵀ W_UK c_KV says nothing yet: W_UK is zero (W_UQ is not, or no gradient would ever reach either). There,
+and in the zeros of W_QR and W_UV, training finds what GQA cannot say.
 """
 
 import json
@@ -23,329 +23,300 @@ import logging
 import math
 import re
 from dataclasses import asdict, replace
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, models, normalizers, processors
 
+from common import Parser, check_budgets, integers, perplexity, pick_device, positive, save    # the first of ours
+import matmla
+from data import documents, get_encoding
 from matmla import GPT, Config
-from train import Parser, check_budgets, documents, get_encoding, integers, pick_device, positive, save
-
-# ---------------------------------------------------------------- reading a pretrained model
+from pretrained import from_pieces, with_one
 
 OURS = {    # transformers' names
     "model.layers": "blocks", "model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "unembed",
     "input_layernorm": "norm_attention", "post_attention_layernorm": "norm_feed_forward",
-    "self_attn.q_proj": "attention.W_Q", "self_attn.k_proj": "attention.W_K",
-    "self_attn.v_proj": "attention.W_V", "self_attn.o_proj": "attention.W_O",
-    "mlp.gate_proj": "feed_forward.W_gate", "mlp.up_proj": "feed_forward.W_up", "mlp.down_proj": "feed_forward.W_down",
-}
+    "self_attn.q_proj": "attention.W_Q", "self_attn.k_proj": "attention.W_K", "self_attn.v_proj": "attention.W_V",
+    "self_attn.o_proj": "attention.W_O", "mlp.gate_proj": "W_gate", "mlp.up_proj": "W_up", "mlp.down_proj": "W_down"}
+IN_GGUF = (    # what transformers takes from a .gguf file
+    "vocab_size", "context_length", "block_count", "embedding_length", "feed_forward_length", "rope.freq_base",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
+TOKENIZERS = "pieces.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json"
 
 
 def rename(name):
-    for theirs, ours in OURS.items():
-        name = name.replace(theirs, ours)
-    return name
+    return re.sub("|".join(OURS), lambda found: OURS[found[0]], name)
 
 
-def obstacles(c):
-    """What a config of transformers asks for that GPT does not have, by name."""
+def obstacles(c, reader):
+    """What a config of transformers, or the .gguf file it comes from, asks for that GPT does not have, by name."""
     with torch.device("meta"):
         names = [name for name, _ in transformers.AutoModelForCausalLM.from_config(c).named_parameters()]
-    ours = re.compile(r"((embed|unembed|norm|blocks\.\d+\.(norm_\w+|feed_forward\.W_\w+|attention\.W_[QKVO]))\.weight"
-                      r"|blocks\.\d+\.attention\.W_[QKV]\.bias)")
-    foreign = [name for name in names if not ours.fullmatch(rename(name))]
+    ours = r"(blocks\.\d+\.)?(attention\.)?(embed|unembed|norm|norm_[af]\w+|W_\w+)\.weight|.*\.W_[QKV]\.bias"
+    foreign = [name for name in names if not re.fullmatch(ours, rename(name))]
     rope, window, act = (getattr(c, name, None) for name in ("rope_parameters", "sliding_window", "hidden_act"))
-    rope = rope or {}
-    return [what for what, found in {
+    rope = (rope or {}).get("rope_type", "default")
+    found = [what for what, found in {
         "mixture of experts": any("experts" in name for name in foreign),
         "QK-norm": any("q_norm" in name for name in foreign),
-        f"RoPE scaling ({rope.get('rope_type')})": rope.get("rope_type", "default") != "default",
-        "RoPE on a part of a head": rope.get("partial_rotary_factor", 1) != 1,
+        f"RoPE scaling ({rope})": rope != "default",
         f"a sliding window of {window} tokens": window and window < c.max_position_embeddings,
         f"the activation {act}": act != "silu",
         f"the weight {' '.join(foreign[:1])}": foreign,
         f"the architecture {c.model_type}": c.model_type not in ("llama", "mistral", "qwen2"),
     }.items() if found]
+    if found or not reader:
+        return found
+
+    from gguf import MODEL_ARCH, get_tensor_name_map                    # what is in the file, but not in the config
+    family = reader.fields["general.architecture"].contents()
+    d_h = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    idle = {"attention.key_length": d_h, "attention.value_length": d_h, "rope.dimension_count": d_h}
+    for key, field in reader.fields.items():
+        prefix, _, key = key.partition(".")
+        if prefix == family and key not in IN_GGUF and (value := field.contents()) not in (idle.get(key), "none"):
+            found.append(f"RoPE scaling ({value})" if key == "rope.scaling.type" else f"{key} = {value}")
+    theirs = get_tensor_name_map(MODEL_ARCH[family.upper()], c.num_hidden_layers)
+    known = {theirs.get_name(name, (".weight", ".bias")) for name in names}
+    return found + [f"the weight {tensor.name}" for tensor in reader.tensors if tensor.name not in known]
 
 
 def read_pretrained(name):
-    """(transformers' model in float32, its tokenizer as `encoding` of a checkpoint). ValueError if it cannot be ours."""
-    path, AutoModel = Path(name), transformers.AutoModelForCausalLM
+    """(transformers' model in float32, its tokenizer or None as in a checkpoint). ValueError if it cannot be ours."""
+    path, what, reader, encoding = Path(name), name, None, None
     where = {"pretrained_model_name_or_path": name, "trust_remote_code": False}    # its weights, not its code
-    if path.suffix == ".gguf":
-        where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)                # our own line says it
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # our own line says it
     try:
+        if path.suffix == ".gguf":
+            from gguf import GGUFReader                                 # needed only here
+            reader = GGUFReader(path)
+            where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         c = transformers.AutoConfig.from_pretrained(**where)
-        model, found = None, obstacles(c)
+        found = obstacles(c, reader)
         if not found:
-            model, info = AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-            found = [f"a model without {missing}" for missing in sorted(info["missing_keys"])[:1]]
-            extra = (key for key in sorted(info["unexpected_keys"]) if not key.endswith("rotary_emb.inv_freq"))
-            found += [f"a model with a weight {key} beside its config" for key in extra][:1]
-    except Exception as error:                                                  # whatever is wrong with the files of others
-        raise ValueError(f"cannot read {name} ({type(error).__name__}: {str(error).strip()[:300]})") from None
+            what = f"the tokenizer of {name}"
+            encoding = read_tokenizer(name, where, c, reader)
+            what, where["dtype"] = name, torch.float32
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True)
+            found += [f"a model without {key}" for key in sorted(info["missing_keys"])]
+            found += [f"a weight {key} more" for key in sorted(info["unexpected_keys"]) if "inv_freq" not in key]
+    except Exception as error:                                          # whatever is wrong with the files of others
+        raise ValueError(f"cannot use {what} ({type(error).__name__}: {str(error).strip()[:300]})") from None
     if found:
-        raise ValueError(f"cannot convert {name}, not supported: {', '.join(found)}")
-    return model.eval(), read_tokenizer(path, where, c)
+        raise ValueError(f"cannot convert {name}, not supported: {', '.join(found[:3])}")
+    return model.eval(), encoding
 
 
-def read_tokenizer(path, where, c):
-    """What get_encoding takes for the model's own tokenizer; None if it came without one."""
-    eos = c.eos_token_id or 0
-    eos = eos if isinstance(eos, int) else eos[0]
-    if (path / "pieces.json").exists():
-        return {"json": from_pieces(path / "pieces.json", c.bos_token_id), "eot_token": eos}
-    try:
+def read_tokenizer(name, where, c, reader):
+    """The model's tokenizer as get_encoding takes it, None if it has none. What a library raises, if it is no use."""
+    there = reader.fields if reader else [file for file in TOKENIZERS if transformers.utils.has_file(name, file)]
+    if not {"tokenizer.ggml.tokens", *TOKENIZERS} & {*there}:
+        return None
+    if "pieces.json" in there:
+        content, end = from_pieces(Path(name, "pieces.json"), c.bos_token_id), None
+    else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except Exception:                                                           # it depends on the family what is raised,
-        return None
-    if not tokenizer.encode("a", add_special_tokens=False):                     # if it is not made up from nothing
-        return None
-    eos = eos if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    return {"json": tokenizer.backend_tokenizer.to_str(), "eot_token": eos}
-
-
-def from_pieces(path, bos):
-    """tokenizer.json for a list of SentencePiece's byte pairs in the order of their merges, as llama2.c's models have it."""
-    pieces = json.loads(path.read_text("utf-8"))
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = [(p[:k], p[k:]) for p in pieces for k in range(1, len(p)) if p[:k] in ids and p[k:] in ids]
-    tokenizer = Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token=pieces[0]))
-    tokenizer.normalizer = normalizers.Prepend(" ")
-    tokenizer.post_processor = processors.TemplateProcessing("bos $A", special_tokens=[("bos", bos)])
-    return tokenizer.to_str()
+        if not tokenizer.is_fast or not tokenizer.encode("a", add_special_tokens=False):
+            raise ValueError(f"{type(tokenizer).__name__} has no fast form, or no vocabulary")
+        content, end = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    content, end = json.loads(content), c.eos_token_id if end is None else end
+    content["added_tokens"] = [                                         # a special token that the model does not know
+        token for token in content["added_tokens"] if token["id"] < c.vocab_size or not token["special"]]
+    encoding = {"json": json.dumps(content), "eot_token": end[0] if isinstance(end, list) else end}
+    ours = get_encoding(encoding)
+    for token in ours.n_vocab - 1, ours.eot_token, *ours.front:
+        if not 0 <= token < c.vocab_size:
+            raise ValueError(f"its token {token} is not in the embedding of {c.vocab_size} tokens")
+    return encoding
 
 
 def to_gqa(model):
-    """(config, weights) of our GQA, from transformers' model. The config has the latent sizes of the exact MLA already."""
-    c, given = model.config, model.state_dict()
+    """(config, weights) of our GQA from transformers' model. The config has the sizes of the exact MLA already."""
+    c, weights = model.config, {rename(name): W for name, W in model.state_dict().items()}
     n_h, n_kv = c.num_attention_heads, c.num_key_value_heads
-    d_h = getattr(c, "head_dim", None) or c.hidden_size // n_h
+    d_h = len(weights["blocks.0.attention.W_Q.weight"]) // n_h
     config = Config(
-        attention="gqa", vocab_size=c.vocab_size, context=c.max_position_embeddings, n_layer=c.num_hidden_layers,
-        d=c.hidden_size, n_h=n_h, n_kv=n_kv, d_h=d_h, d_c=n_kv * d_h, d_cq=0, d_R=n_kv * d_h, d_ff=c.intermediate_size,
-        budgets=(n_h,), rope_base=c.rope_parameters["rope_theta"], rope_width=d_h,
-        norm_eps=c.rms_norm_eps, norm_latents=False,
-        qkv_bias=any(name.endswith("bias") for name in given),
-        tie=torch.equal(given["model.embed_tokens.weight"], given["lm_head.weight"]),
-    )
-    weights = {rename(name): w for name, w in given.items()}
-    for name in weights:
-        if re.search("W_[QK]", name):                                           # pairs x_i, x_(i+d_h/2) become neighbours
-            weights[name] = weights[name].unflatten(0, (-1, 2, d_h // 2)).transpose(1, 2).flatten(0, 2)
+        attention="pretrained_gqa", vocab_size=c.vocab_size, context=c.max_position_embeddings, d=c.hidden_size,
+        n_layer=c.num_hidden_layers, n_h=n_h, n_kv=n_kv, d_h=d_h, d_c=n_kv * d_h, d_cq=0, d_R=n_kv * d_h,
+        d_ff=c.intermediate_size, budgets=(n_h,), rope_base=c.rope_parameters["rope_theta"], norm_eps=c.rms_norm_eps,
+        tie=torch.equal(weights["embed.weight"], weights["unembed.weight"]))
+    for name in [name for name in weights if re.search(r"W_[QKV]\.weight", name)]:
+        bias = weights.pop(name.replace("weight", "bias"), torch.zeros(len(weights[name])))
+        W = F.pad(torch.cat((weights[name], bias[:, None]), 1), (0, 7))    # for with_one(x)
+        if "W_V" not in name:                                           # x_i, x_(i+d_h/2) become neighbours
+            W = W.unflatten(0, (-1, 2, d_h // 2)).transpose(1, 2).flatten(0, 2)
+        weights[name] = W
     return config, weights
-
-
-# ---------------------------------------------------------------- GQA -> MLA
 
 
 def to_mla(weights, gqa, c, order=None, moments=None):
     """Weights of GPT(c), an MLA or MatMLA, from those of GPT(gqa). In float64, where they are new.
 
-    order    for every layer, heads as they shall be; None: as they are. Any order is the same layer, because every head
-             has its own slice of each of W_UQ, W_QR, W_UK, W_UV and W_O, and its place says nothing about its group.
-    moments  for every layer, the mean of (x,1)(x,1)ᵀ, [d+1, d+1], over the tokens of a text; None: nothing is rotated or cut
+    order: for every layer, heads as they shall be; None: as they are. Any order is the same layer, because every head
+    has a part of its own in all weights that are by heads. moments: of second_moments; None: nothing is rotated or cut.
     """
-    new = {name: w for name, w in weights.items() if ".attention." not in name}
+    new = dict(weights)
     for i in range(c.n_layer):
-        old = {name: weights[f"blocks.{i}.attention.{name}.weight"].double() for name in ("W_Q", "W_K", "W_V", "W_O")}
-        for name in ("W_Q", "W_K", "W_V"):                                      # the bias is the weight of a 1 next to x
-            bias = weights.get(f"blocks.{i}.attention.{name}.bias", torch.zeros(len(old[name])))
-            old[name] = torch.cat((old[name], bias[:, None].double()), 1)
+        place = f"blocks.{i}.attention.{{}}.weight"
+        old = [new.pop(place.format(name)).double() for name in ("W_Q", "W_K", "W_V", "W_O")]
         heads = torch.tensor(order[i] if order else range(c.n_h))
-        for name, w in layer_to_mla(**old, gqa=gqa, c=c, heads=heads, moment=moments and moments[i]).items():
-            biased = name in ("W_UQ", "W_QR", "W_DKV", "W_KR")
-            new[f"blocks.{i}.attention.{name}.weight"] = w[:, :-1] if biased else w
-            if biased and c.qkv_bias:
-                new[f"blocks.{i}.attention.{name}.bias"] = w[:, -1]
+        for name, W in layer_to_mla(*old, gqa, c, heads, moments and moments[i]).items():
+            new[place.format(name)] = W
     return new
 
 
 def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
-    """`to_mla` for one layer. In einsum f is a frequency, p its pair, g a kv head, s a slot of k_R, i the input (x,1)."""
+    """`to_mla` for one layer. In einsum f is a frequency, p its pair, g a kv head, s a slot of k_R, i an input."""
     n_h, n_kv, d_h, kept = c.n_h, gqa.n_kv, c.d_h, c.d_R // c.d_h
     group = heads // (n_h // n_kv)
-    Q = W_Q.unflatten(0, (n_h, -1, 2))[heads]                                   # [h,f,p,i]
-    K = W_K.unflatten(0, (n_kv, -1, 2))                                         # [g,f,p,i]
+    Q = W_Q.unflatten(0, (n_h, -1, 2))[heads]                           # [h,f,p,i]
+    K = W_K.unflatten(0, (n_kv, -1, 2))                                 # [g,f,p,i]
 
     # RoRoPE. q·k is a sum over frequencies, and at one frequency RoPE turns the pairs of all keys by the same angle. An
     # orthogonal U_f across the kv heads, one for both numbers of a pair, commutes with that. PCA puts most into slot 0.
-    U = torch.eye(n_kv).double().expand(d_h // 2, -1, -1)                       # [f,s,g]
+    U = torch.eye(n_kv).double().expand(d_h // 2, -1, -1)               # [f,g,s]
     if moment is not None:
-        U = torch.linalg.eigh(torch.einsum("gfpi,ij,hfpj->fgh", K, moment, K)).eigenvectors.flip(-1).mT
-    K = torch.einsum("fsg,gfpi->sfpi", U, K)
-    U = U[:, :, group].permute(2, 1, 0)                                         # [h,s,f]: where a head finds its key again
-    scale = ((d_h + c.d_R) / d_h) ** 0.5                                        # MLA divides by √(d_h + d_R), GQA by √d_h
+        U = torch.linalg.eigh(torch.einsum("gfpi,ij,hfpj->fgh", K, moment, K)).eigenvectors.flip(-1)
+    K = torch.einsum("fgs,gfpi->sfpi", U, K)
+    U = U[:, group]                                                     # [f,h,s]: where a head finds its key
+    scale = ((d_h + c.d_R) / d_h) ** 0.5                                # MLA divides by √(d_h + d_R), GQA by √d_h
     W_KR = K[:kept].flatten(0, 2)
-    W_QR = torch.einsum("hsf,hfpi->hsfpi", U[:, :kept], Q).flatten(0, 3) * scale
+    W_QR = torch.einsum("fhs,hfpi->hsfpi", U[..., :kept], Q).flatten(0, 3) * scale
     W_UQ = Q.flatten(0, 2) * scale
 
     # The other slots live on without RoPE, in one latent with the values, at equal norm, so that PCA is fair to both.
-    rest, balance = K[kept:].flatten(0, 2), 1.0
+    rest, P = K[kept:].flatten(0, 2), torch.eye(c.d_c).double()
+    both, balance = torch.cat((rest, W_V)), 1.0
     if moment is not None:
         in_keys, in_values = (torch.einsum("ri,ij,rj->", W, moment, W).item() for W in (rest, W_V))
-        balance = max(in_keys / in_values, 1e-12) ** 0.5                        # mere rounding must not grow to a norm
-    both = torch.cat((rest / balance, W_V))
-    P = torch.eye(len(both)).double() if moment is None else torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)
-    P = P[:, : c.d_c]                                                           # both ≈ P Pᵀ both
-    W_DKV = P.T @ both
-    back = torch.einsum("hsf,fe,pq->hfpseq", U[:, kept:], torch.eye(d_h // 2).double(), torch.eye(2).double())
-    W_UK = back.reshape(n_h * d_h, -1) @ P[: len(rest)] * balance               # zero if no slot is left for it
-    W_UV = P[len(rest) :].unflatten(0, (n_kv, d_h))[group].flatten(0, 1)
+        balance = max(in_keys / in_values, 1e-12) ** 0.5                # mere rounding must not grow to a norm
+        both = torch.cat((rest / balance, W_V))
+        P = torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)[:, : c.d_c]    # both ≈ P Pᵀ both
+    P_K, P_V = P.split((len(rest), len(W_V)))
+    P_K = P_K.unflatten(0, K[kept:].shape[:3]) * balance                # [s,f,p,c], empty if no slot is left
+    W_UK = torch.einsum("fhs,sfpc->hfpc", U[..., kept:], P_K).flatten(0, 2)
+    W_UV = P_V.unflatten(0, (n_kv, d_h))[group].flatten(0, 1)
     W_O = W_O.unflatten(1, (n_h, d_h))[:, heads].flatten(1)
-    return {"W_UQ": W_UQ, "W_QR": W_QR, "W_DKV": W_DKV, "W_KR": W_KR, "W_UK": W_UK, "W_UV": W_UV, "W_O": W_O}
-
-
-# ---------------------------------------------------------------- measuring
+    return {"W_UQ": W_UQ, "W_QR": W_QR, "W_DKV": P.T @ both, "W_KR": W_KR, "W_UK": W_UK, "W_UV": W_UV, "W_O": W_O}
 
 
 def build(c, weights, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
-        model = GPT(c)                                                          # no random weights first
+        model = GPT(c)                                                  # no random weights first
     model.load_state_dict(weights, assign=True)
     return model.to(device, dtype).eval()
 
 
-def naive(model, tokens):
-    return model(tokens)[0]
-
-
-def absorbed(model, tokens):
-    """Logits through the cache, in chunks, all of them read absorbed."""
-    for block in model.blocks:
-        block.attention.short = math.inf
-    cache = model.new_cache(len(tokens), tokens.shape[1])
-    return torch.cat([model(chunk, cache=cache)[0] for chunk in tokens.split(100, 1)], 1)
-
-
-@torch.no_grad()
 def check(theirs, gqa, old, mla, new, tokens):
     """Print how far the logits of tokens [B, T] are apart. ValueError if that is more than rounding."""
-    original, exact = theirs(tokens).logits, naive(build(gqa, old, torch.float64), tokens)
+    original, exact = theirs(tokens).logits, build(gqa, old, torch.float64)(tokens)[0]
     size = original.abs().max().clamp(min=1).item()
     print("| largest difference of logits | from transformers, float32 | from our GQA, float64 |\n|---|---|---|")
-    for name, c, weights, run in ("our GQA", gqa, old, naive), ("our MLA, naive", mla, new, naive), \
-            ("our MLA, absorbed", mla, new, absorbed):
-        single = (run(build(c, weights), tokens) - original).abs().max().item()
-        double = (run(build(c, weights, torch.float64), tokens) - exact).abs().max().item()
-        print(f"| {name} | {single:.1e} | {double:.1e} |", flush=True)
-        if not (single < 1e-4 * size and double < 1e-10 * size):
-            raise ValueError(f"{name} is another model: its logits are off by {single:.1e}, {double:.1e}; nothing was saved")
+    for name, c, weights in ("our GQA", gqa, old), ("our MLA, naive", mla, new), ("our MLA, absorbed", mla, new):
+        off = []
+        for right in original, exact:
+            model = build(c, weights, right.dtype)
+            for block in model.blocks:
+                block.attention.short = math.inf                        # where there is a cache, it is read absorbed
+            cache = model.new_cache(*tokens.shape) if "absorbed" in name else None
+            off.append((model(tokens, cache=cache)[0] - right).abs().max().item())
+        print(f"| {name} | {off[0]:.1e} | {off[1]:.1e} |", flush=True)
+        if not (off[0] < 1e-4 * size and off[1] < 1e-10 * size):
+            raise ValueError(f"{name} is another model: its logits are off by {off[0]:.1e}, {off[1]:.1e}")
 
 
-@torch.no_grad()
 def perplexity(logits_of, windows):
     """exp of the mean loss of windows [n, width + 1]."""
     return math.exp(sum(F.cross_entropy(logits_of(w[None, :-1])[0], w[1:]).item() for w in windows) / len(windows))
 
 
-def inputs(modules, run):
-    """What enters each of the modules during run(), and what run() returns."""
-    seen = []
-    hooks = [module.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for module in modules]
-    result = run()
-    for hook in hooks:
-        hook.remove()
-    return seen, result
-
-
-@torch.no_grad()
 def second_moments(model, windows):
-    """For every layer, the mean over all tokens of (x,1)(x,1)ᵀ, where x [d] enters the attention. [d+1, d+1], float64."""
-    sums = [0.0] * len(model.blocks)
+    """For every layer of a GQA, the mean over all tokens of x xᵀ, [d+8, d+8], x being what W_K and W_V see; float64."""
+    moments = [0.0] * len(model.blocks)
     for w in windows:
-        seen, _ = inputs([block.attention for block in model.blocks], lambda: model(w[None, :-1]))
-        for i, x in enumerate(seen):
-            x = F.pad(x[0], (0, 1), value=1.0)
-            sums[i] += (x.T @ x).cpu().double() / len(x) / len(windows)
-    return sums
+        x = model.embed(w[None, :-1])
+        for i, block in enumerate(model.blocks):
+            seen = with_one(block.norm_attention(x)[0])
+            moments[i] += (seen.T @ seen).cpu().double() / len(seen) / len(windows)
+            x = block(x)
+    return moments
 
 
+@torch.enable_grad()
 def importance(model, windows):
     """[n_layer, n_h]: about how much the loss would rise without a head, up to one factor. As in arXiv:2204.09656.
 
     It is the Fisher information of a gate, at 1, on what the head has read: the sum of (o · ∂loss/∂o)² over all tokens.
     """
-    score = torch.zeros(len(model.blocks), model.config.n_h)
+    score, attend, read = torch.zeros(len(model.blocks), model.config.n_h), matmla.attend, []
+
+    def watched(*given):
+        read.append(attend(*given))                                     # o [1,T,n_h,d_h], layer by layer
+        return read[-1]
+
+    matmla.attend = watched
     for w in windows:
-        seen, (_, loss) = inputs([block.attention.W_O for block in model.blocks], lambda: model(w[None, :-1], w[None, 1:]))
-        for i, (o, grad) in enumerate(zip(seen, torch.autograd.grad(loss, seen))):    # [1, T, n_h·d_h]
-            score[i] += (o * grad).detach().unflatten(-1, (model.config.n_h, -1)).sum(-1).square().sum((0, 1)).cpu()
+        read.clear()
+        _, loss = model(w[None, :-1], w[None, 1:])
+        for i, (o, grad) in enumerate(zip(read, torch.autograd.grad(loss, read))):
+            score[i] += (o * grad).detach().sum(-1).square().sum((0, 1)).cpu()
+    matmla.attend = attend
     return score
 
 
+def tokens_of(name, encoding):
+    for _, document in groupby(documents(name, keyed=True), lambda part: part[0]):
+        for _, text in document:
+            yield from encoding.encode_ordinary(text)
+        yield encoding.eot_token
+
+
 def read_text(name, count, encoding, context):
-    """Windows [n, width + 1] of a text to measure on, about `count` tokens, and as many others to calibrate on."""
-    tokens, width = [], min(512, context)
-    for text in documents(name):
-        tokens += [*encoding.encode_ordinary(text), encoding.eot_token]
-        if len(tokens) >= 2 * (count / width + 1) * (width + 1):
-            break
-    n = min(math.ceil(count / width), len(tokens) // (2 * width + 2))
-    if n == 0:
-        raise ValueError(f"{name} has {len(tokens)} tokens, at least {2 * width + 2} are needed")
-    return torch.tensor(tokens[: 2 * n * (width + 1)]).view(2, n, width + 1).unbind()
+    """[2, n, width + 1]: windows of a text to measure on, about `count` tokens, and as many others to calibrate on."""
+    width = min(512, context)
+    tokens = list(islice(tokens_of(name, encoding), 2 * math.ceil(count / width) * (width + 1)))
+    if len(tokens) < 2 * (width + 1):
+        raise ValueError(f"{name} has {len(tokens)} tokens, at least {2 * (width + 1)} are needed")
+    return torch.tensor(tokens[: len(tokens) // (2 * width + 2) * (2 * width + 2)]).view(2, -1, width + 1)
 
 
-# ---------------------------------------------------------------- the script
-
-
-def settings(argv=None):
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("model", help="folder or .gguf file of a pretrained model, or its Hugging Face id")
-    add("--text", default="stdlib", help="to measure perplexity and to calibrate on, like --data of train.py")
-    add("--tokens", default=8192, type=positive, help="how many of its tokens to measure on, and how many to calibrate on")
-    add("--d-R", type=positive, help="width of k_R, a multiple of the head width; by default every key keeps its RoPE")
-    add("--d-c", type=integers, help="width of c_KV, or several to compare, like 192,128; the last one is saved")
-    add("--budgets", type=integers, help="save a MatMLA for these budgets, like 9,6,3")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    add("--out", default=Path("out/transmla"), type=Path, help="folder for checkpoint.pt, for sample.py and train.py --init")
-    return parser, parser.parse_args(argv)
-
-
+@torch.no_grad()
 def transmla(args):
     device = pick_device(args.device)
     theirs, encoding = read_pretrained(args.model)
     gqa, old = to_gqa(theirs)
-    full, budgets = gqa.d_c, args.budgets or (gqa.n_h,)
+    full, order, moments, attention = gqa.d_c, None, None, "pretrained_matmla" if args.budgets else "pretrained_mla"
+    mla = replace(gqa, attention=attention, budgets=args.budgets or gqa.budgets)
     sizes = [(d_c, args.d_R or full) for d_c in args.d_c or [full]] if args.d_c or args.d_R else []
     for d_c, d_R in sizes:
         if d_R % gqa.d_h or d_R > full or not 1 <= d_c <= 2 * full - d_R:
-            raise ValueError(f"d_R = {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c = {d_c} in 1..{2 * full - d_R}")
-    check_budgets(budgets, gqa.n_h)
-    if encoding is None and (sizes or args.budgets):
-        raise ValueError(f"{args.model} has no tokenizer, so no text can tell which keys or heads matter")
-
-    text = torch.randint(gqa.vocab_size, (1, min(256, gqa.context)))            # without a tokenizer, this can be checked
+            raise ValueError(f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c {d_c} in 1..{2*full - d_R}")
+    check_budgets(mla.budgets, gqa.n_h)
+    original, text = build(gqa, old, device=device), torch.randint(gqa.vocab_size, (1, gqa.context))
     if encoding:
-        text, calibration = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context)
-        measured, calibration = text.to(device), calibration.to(device)
-    original, order, moments = build(gqa, old, device=device), None, None
-    if args.budgets:
-        order = importance(original, calibration).argsort(descending=True).tolist()
-    if sizes:
-        moments = second_moments(original, calibration)
-    mla = replace(gqa, attention="matmla" if args.budgets else "mla", budgets=budgets)
+        text, other = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context).to(device)
+        order = args.budgets and importance(original, other).argsort(descending=True).tolist()
+        moments = sizes and second_moments(original, other)
+    elif sizes or args.budgets:
+        raise ValueError(f"{args.model} has no tokenizer, so no text can tell which keys or heads matter")
     new = to_mla(old, gqa, mla, order)
-    check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)])
+    check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)].cpu())
 
     def rows(c, weights, sizes):
-        model = build(c, weights, device=device)
+        model, name = build(c, weights, device=device), c.attention.removeprefix("pretrained_")
         for m in c.budgets:
-            size = model.new_cache(1, 1).nbytes // 2                            # of float32
-            ppl = f"{perplexity(lambda x: model(x, heads=m)[0], measured):.4f}" if encoding else "no tokenizer, no text"
-            print(f"| our {c.attention}, {sizes} | {m} | {size:,} | {ppl} |", flush=True)
+            size = model.new_cache(1, 1).nbytes // 2                    # of float32
+            ppl = f"{perplexity(lambda x: model(x, heads=m)[0], text):.4f}" if encoding else "no tokenizer, no text"
+            print(f"| our {name}, {sizes} | {m} | {size:,} | {ppl} |", flush=True)
 
     print(f"\n| {args.text} | heads | cache, bytes per token (bfloat16) | perplexity |\n|---|---|---|---|")
     if encoding:
-        print(f"| transformers | {gqa.n_h} | | {perplexity(lambda x: theirs.to(device)(x).logits, measured):.4f} |")
+        print(f"| transformers | {gqa.n_h} | | {perplexity(lambda x: theirs.to(device)(x).logits, text):.4f} |")
     rows(gqa, old, f"n_kv {gqa.n_kv}, d_h {gqa.d_h}")
     rows(mla, new, f"d_c {full}, d_R {full}")
     for d_c, d_R in sizes:
@@ -353,14 +324,23 @@ def transmla(args):
         new = to_mla(old, gqa, mla, order, moments)
         rows(mla, new, f"d_c {d_c}, d_R {d_R}")
     args.out.mkdir(parents=True, exist_ok=True)
-    config, new = asdict(mla), {name: w.float().contiguous() for name, w in new.items()}
-    save(args.out / "checkpoint.pt", config=config, settings=config, encoding=encoding, step=0, model=new, optimizers=[])
-    print(f"\nwrote {args.out / 'checkpoint.pt'}")
+    path, new = args.out / "checkpoint.pt", {name: W.float().contiguous() for name, W in new.items()}
+    save(path, config=asdict(mla), settings={}, encoding=encoding, step=0, model=new, optimizers=[], log=[])
+    print(f"\nwrote {path}")
 
 
 def main():
-    parser, args = settings()
-    parser.attempt(transmla, args)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("model", help="folder or .gguf file of a pretrained model, or its Hugging Face id")
+    add("--text", default="stdlib", help="to measure perplexity and to calibrate on, like --data of train.py")
+    add("--tokens", default=8192, type=positive, help="of the text, to measure on; as many others to calibrate on")
+    add("--d-R", type=positive, help="width of k_R, a multiple of the head width; by default every key keeps its RoPE")
+    add("--d-c", type=integers, help="width of c_KV, or several to compare, like 192,128; the last one is saved")
+    add("--budgets", type=integers, help="save a MatMLA for these budgets, like 9,6,3")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
+    add("--out", default=Path("out/transmla"), type=Path, help="folder for checkpoint.pt")
+    parser.attempt(transmla, parser.parse_args())
 
 
 if __name__ == "__main__":
