@@ -12,76 +12,72 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from common import Parser, evaluate, load, perplexity, pick_device    # the first of ours: it decides which file is matmla
 from data import documents
 
 
 def read_log(run):
-    """The lines of a run's metrics.jsonl, as dicts."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_final(run):
-    """The summary of a finished run. ValueError if it has not finished."""
-    last = read_log(run)[-1:]
-    if not last or "final" not in last[0]:
+    """The lines of a run's metrics.jsonl, as dicts. ValueError if the last is not the summary of a finished run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not lines or "final" not in lines[-1]:
         raise ValueError(f"{run} has no finished run")
-    return last[0]["final"]
+    return lines
 
 
 def curves(run):
     """The losses of a run's batches, and of the held-out text at each budget: {name: {step: loss}}."""
-    lines = read_log(run)
-    looks = [x for x in lines if "val_loss" in x]
-    found = {"batches": {x["step"]: x["loss"] for x in lines if "loss" in x}}
-    return found | {f"held out, {m} heads": {x["step"]: x["val_loss"][m] for x in looks} for m in looks[0]["val_loss"]}
+    found = {"batches": {}}
+    for line in read_log(run):
+        if "loss" in line:
+            found["batches"][line["step"]] = line["loss"]
+        for m, loss in line.get("val_loss", {}).items():
+            found.setdefault(f"held out, {m} heads", {})[line["step"]] = loss
+    return found
 
 
 def draw_losses(runs, path):
-    """Draw the losses of runs against steps; of several also, beside it, how far the others are behind the first."""
-    from matplotlib.figure import Figure                                    # slow to import
-
-    figure = Figure(figsize=(7 if len(runs) == 1 else 14, 4), layout="constrained")
+    """Draw the losses of runs against steps; of several also, at the right, how far the others are behind the first."""
+    figure = Figure(figsize=(8, 4) if len(runs) == 1 else (15, 4), layout="constrained")
     axes = figure.subplots(1, min(2, len(runs)), squeeze=False)[0]
     found = [curves(run) for run in runs]
     batches, held_out = list(found[0].values())[:2]                         # of the first run, at all its heads
+    late = []                                                               # the losses after a fifth of the steps
     for run, lines in zip(runs, found):
         for i, (name, losses) in enumerate(lines.items()):
-            drawn = len(axes[0].lines)                                    # each thinner, to show where they coincide
-            style = dict(color="0.7", linewidth=1)
-            if i:
-                style = dict(color=f"C{drawn % 7}", linewidth=max(1, 7 / drawn))     # C7 is grey, too
-            style["label"] = name if len(runs) == 1 else f"{run.name}: {name}"
-            axes[0].plot(losses.keys(), losses.values(), **style)
+            late += [loss for step, loss in losses.items() if step >= max(losses) / 5]
+            width = max(1, 5 - len(axes[0].lines))                          # each thinner, to show where they coincide
+            style = {"linewidth": width} if i else {"linewidth": 1, "color": "0.7"}
+            line, = axes[0].plot(losses.keys(), losses.values(), label=f"{run.name}: {name}", **style)
             if run is not runs[0]:
                 first = held_out if i else batches
                 shared = sorted(losses.keys() & first.keys())
-                axes[1].plot(shared, [losses[step] - first[step] for step in shared], **style)
-    for one in axes:
-        one.set(xlabel="step", ylabel="loss (nats per token)")
-        one.legend()
+                behind = [losses[step] - first[step] for step in shared]
+                axes[1].plot(shared, behind, color=line.get_color(), linewidth=line.get_linewidth())
+    axes[0].set(xlabel="step", ylabel="loss (nats per token)")
     if len(runs) > 1:
+        axes[0].set_ylim(min(late) - 0.05, max(late))                       # the first losses would hide the others
         axes[1].axhline(0, color="black", linewidth=1)
-        axes[1].set_title(f"loss minus that of {runs[0].name}, {list(found[0])[1]}: above 0 is worse")
+        axes[1].set(xlabel="step", ylabel="difference (nats per token)",
+                    title=f"loss minus the loss of {runs[0].name} (above 0: worse than {runs[0].name})")
+    figure.legend(handles=axes[0].lines, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
 def draw_perplexities(rows, path):
-    """Draw the held-out perplexity of every row against the bytes that a token leaves in the cache."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for i, (name, cache_bytes, losses) in enumerate(rows):
+    """Draw the held-out perplexity of rows (name, bytes that a token leaves in the cache, {m: loss}) against the bytes."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, sizes = figure.subplots(), sorted({size for _, size, _ in rows})
+    for i, (name, size, losses) in enumerate(rows):
         style = dict(marker="o^svDPX*"[i % 8], color=f"C{i}", linestyle="")
         for m, loss in losses.items():
-            axes.plot(cache_bytes, perplexity(loss), markersize=4 + 0.5 * int(m), **style)
+            axes.plot(size, perplexity(loss), markersize=4 + 0.5 * int(m), **style)
         axes.plot([], [], label=name, **style)
     axes.set(xlabel="cache, bytes per token (bfloat16)", ylabel="held-out perplexity", xscale="log")
-    sizes = sorted({cache_bytes for _, cache_bytes, _ in rows})
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set(xlim=(sizes[0] / 2, sizes[-1] * 2), xticks=sizes, xticklabels=[f"{size:,}" for size in sizes])
     axes.set_xticks([], minor=True)
-    axes.legend(title="larger: more heads", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(title="larger: more heads", loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
@@ -97,51 +93,29 @@ def text_loss(run, text, device):
 
 def report(runs, out, text=None, device=None):
     """Print the table of finished runs, and draw their figures. ValueError for two runs of one name or seed."""
-    runs, finals, rows = [run.resolve() for run in runs], {}, {}            # so that `.` too has a name
+    runs, finals, rows, points = [run.resolve() for run in runs], {}, {}, []    # resolved, `.` too has a name
     for run in runs:
         if run.name in finals:
             raise ValueError(f"two runs are named {run.name}; rename the folder of one")
-        final = finals[run.name] = read_final(run)
+        final = finals[run.name] = read_log(run)[-1]["final"]
         if text:
             final |= {"text": str(text), "text_loss": text_loss(run, text, device)}
         name = run.stem if run.suffix == f".{final['seed']}" else run.name
-        row = rows.setdefault((name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), [])
-        if final["seed"] in [one["seed"] for one in row]:
+        row = rows.setdefault((name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), {})
+        if final["seed"] in row:
             raise ValueError(f"two runs named {name} have seed {final['seed']}; rename the folder of one")
-        row.append(final)
-    heads = ["run", "variant", "heads", "parameters", "tokens", "training FLOPs", "seconds", "cache, bytes per token",
-             "held-out loss", "perplexity"] + ([f"perplexity of {Path(text).name}"] if text else [])
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    points = []
-    for (name, *_), seeds in rows.items():
-        final = seeds[0]
-        losses = {m: [one["val_loss"][m] for one in seeds] for m in final["val_loss"]}
-        points.append((name, final["cache_bytes"], {m: np.mean(some) for m, some in losses.items()}))
-        for m, some in losses.items():
-            spread = f" ± {np.ptp(some) / 2:.4f}" if len(seeds) > 1 else ""
-            cells = [name, final["variant"], m, f"{final['parameters']:,}", f"{final['tokens']:,}",
-                     f"{final['flops']:.3g}", f"{final['seconds']:,.0f}", f"{final['cache_bytes']:,}",
-                     f"{np.mean(some):.4f}{spread}", f"{perplexity(np.mean(some)):.3f}"]
+        row[final["seed"]] = final
+    for (name, variant, *_), row in rows.items():
+        seeds, means = list(row.values()), {}
+        for m in seeds[0]["val_loss"]:
+            losses = [final["val_loss"][m] for final in seeds]
+            means[m] = np.mean(losses)
+            cells = {
+                "run": name, "variant": variant, "heads": m, "parameters": f"{seeds[0]['parameters']:,}",
+                "tokens": f"{seeds[0]['tokens']:,}", "training FLOPs": f"{seeds[0]['flops']:.3g}",
+                "seconds": f"{seeds[0]['seconds']:,.0f}", "cache, bytes per token": f"{seeds[0]['cache_bytes']:,}",
+                "held-out loss": f"{means[m]:.4f}" + f" ± {np.ptp(losses) / 2:.4f}" * (len(seeds) > 1),
+                "perplexity": f"{perplexity(means[m]):.3f}"}
             if text:
-                cells.append(f"{perplexity(np.mean([one['text_loss'][int(m)] for one in seeds])):.3f}")
-            print("| " + " | ".join(cells) + " |")
-    if len(runs) == 1:
-        return draw_losses(runs, runs[0] / "loss.png")
-    out.mkdir(parents=True, exist_ok=True)
-    draw_perplexities(points, out / "report.png")
-    draw_losses(runs, out / "curves.png")
-    (out / "report.json").write_text(json.dumps(finals, indent=1) + "\n")
-
-
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--text", help="also their perplexity on this text, a .txt, .jsonl or .parquet file")
-    parser.add_argument("--out", default=Path("out"), type=Path, help="folder for what several runs are drawn in")
-    parser.add_argument("--device", default="auto", help="for --text: cuda, mps or cpu; auto takes the first there")
-    args = parser.parse_args()
-    parser.attempt(lambda: report(args.runs, args.out, args.text, pick_device(args.device)))
-
-
-if __name__ == "__main__":
-    main()
+                mean = np.mean([final["text_loss"][int(m)] for final in seeds])
+                cells[f"perplexity of {Path(text).name}"] = f"{perplexity(mean):.3f}"

@@ -4,7 +4,6 @@ TransMLA (arXiv:2502.07864): a pretrained GQA model becomes an MLA model with th
     python transmla.py MODEL                           a folder, .gguf file or Hugging Face id: Llama, Mistral or Qwen2
     python transmla.py MODEL --d-R 64 --d-c 192,128    smaller caches, no longer exact; the last one is saved
     python transmla.py MODEL --budgets 9,6,3           as MatMLA, in every layer the most important heads first
-    python sample.py --checkpoint out/transmla/checkpoint.pt
     python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE --lr 5e-4 --lr-adamw 5e-5
 
 Why RoPE is no obstacle: nothing has to move through it. A GQA layer caches n_kv rotated keys and n_kv values. Its keys,
@@ -14,8 +13,8 @@ A query is zero outside the slot of its own key, and W_UV picks the value. For h
     q_R = (0, ..., q_h, ..., 0)        q_R · k_R = q_h · k_g
     W_UV = (0, ..., 1, ..., 0)         W_UV c_KV = v_g
 
-q_C · k_C = q_hᵀ W_UK c_KV says nothing yet: W_UK is zero (W_UQ is not, or no gradient would ever reach either). There,
-and in the zeros of W_QR and W_UV, training finds what GQA cannot say.
+W_UK is zero, so q_C · k_C = q_hᵀ W_UK c_KV says nothing yet (W_UQ is not, or no gradient would ever reach either).
+There, and in the zeros of W_QR and W_UV, training finds what GQA cannot say.
 """
 
 import json
@@ -25,6 +24,7 @@ import re
 from dataclasses import asdict, replace
 from itertools import groupby, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,6 @@ OURS = {    # transformers' names
     "input_layernorm": "norm_attention", "post_attention_layernorm": "norm_feed_forward",
     "self_attn.q_proj": "attention.W_Q", "self_attn.k_proj": "attention.W_K", "self_attn.v_proj": "attention.W_V",
     "self_attn.o_proj": "attention.W_O", "mlp.gate_proj": "W_gate", "mlp.up_proj": "W_up", "mlp.down_proj": "W_down"}
-IN_GGUF = (    # what transformers takes from a .gguf file
-    "vocab_size", "context_length", "block_count", "embedding_length", "feed_forward_length", "rope.freq_base",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
 TOKENIZERS = "pieces.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json"
 
 
@@ -59,25 +56,26 @@ def obstacles(c, reader):
     foreign = [name for name in names if not re.fullmatch(ours, rename(name))]
     rope, window, act = (getattr(c, name, None) for name in ("rope_parameters", "sliding_window", "hidden_act"))
     rope = (rope or {}).get("rope_type", "default")
-    found = [what for what, found in {
+    asked = {
         "mixture of experts": any("experts" in name for name in foreign),
         "QK-norm": any("q_norm" in name for name in foreign),
         f"RoPE scaling ({rope})": rope != "default",
         f"a sliding window of {window} tokens": window and window < c.max_position_embeddings,
         f"the activation {act}": act != "silu",
         f"the weight {' '.join(foreign[:1])}": foreign,
-        f"the architecture {c.model_type}": c.model_type not in ("llama", "mistral", "qwen2"),
-    }.items() if found]
+        f"the architecture {c.model_type}": c.model_type not in ("llama", "mistral", "qwen2")}
+    found = [what for what in asked if asked[what]]
     if found or not reader:
         return found
 
-    from gguf import MODEL_ARCH, get_tensor_name_map                    # what is in the file, but not in the config
+    from gguf import MODEL_ARCH, get_tensor_name_map                    # what transformers leaves in the file
     family = reader.fields["general.architecture"].contents()
+    taken = transformers.integrations.GGUF_CONFIG_MAPPING[family]
     d_h = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     idle = {"attention.key_length": d_h, "attention.value_length": d_h, "rope.dimension_count": d_h}
     for key, field in reader.fields.items():
         prefix, _, key = key.partition(".")
-        if prefix == family and key not in IN_GGUF and (value := field.contents()) not in (idle.get(key), "none"):
+        if prefix == family and not taken.get(key) and (value := field.contents()) not in (idle.get(key), "none"):
             found.append(f"RoPE scaling ({value})" if key == "rope.scaling.type" else f"{key} = {value}")
     theirs = get_tensor_name_map(MODEL_ARCH[family.upper()], c.num_hidden_layers)
     known = {theirs.get_name(name, (".weight", ".bias")) for name in names}
@@ -103,8 +101,8 @@ def read_pretrained(name):
             encoding = read_tokenizer(name, where, c, reader)
             what, where["dtype"] = name, torch.float32
             model, info = transformers.AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True)
-            found += [f"a model without {key}" for key in sorted(info["missing_keys"])]
-            found += [f"a weight {key} more" for key in sorted(info["unexpected_keys"]) if "inv_freq" not in key]
+            found = [f"a model without {key}" for key in sorted(info["missing_keys"])]
+            found += [f"a weight {key} more" for key in sorted(info["unexpected_keys"])]
     except Exception as error:                                          # whatever is wrong with the files of others
         raise ValueError(f"cannot use {what} ({type(error).__name__}: {str(error).strip()[:300]})") from None
     if found:
@@ -113,20 +111,21 @@ def read_pretrained(name):
 
 
 def read_tokenizer(name, where, c, reader):
-    """The model's tokenizer as get_encoding takes it, None if it has none. What a library raises, if it is no use."""
-    there = reader.fields if reader else [file for file in TOKENIZERS if transformers.utils.has_file(name, file)]
-    if not {"tokenizer.ggml.tokens", *TOKENIZERS} & {*there}:
+    """What get_encoding takes for the model's own tokenizer; None if there is none. It raises what a library raises."""
+    pieces, has_file = Path(name, "pieces.json"), transformers.utils.has_file
+    there = "tokenizer.ggml.tokens" in reader.fields if reader else any(has_file(name, file) for file in TOKENIZERS)
+    if not there:
         return None
-    if "pieces.json" in there:
-        content, end = from_pieces(Path(name, "pieces.json"), c.bos_token_id), None
+    if pieces.exists():
+        content, end = from_pieces(pieces, c.bos_token_id), None
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         if not tokenizer.is_fast or not tokenizer.encode("a", add_special_tokens=False):
             raise ValueError(f"{type(tokenizer).__name__} has no fast form, or no vocabulary")
         content, end = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
     content, end = json.loads(content), c.eos_token_id if end is None else end
-    content["added_tokens"] = [                                         # a special token that the model does not know
-        token for token in content["added_tokens"] if token["id"] < c.vocab_size or not token["special"]]
+    content["added_tokens"] = [token for token in content["added_tokens"]    # special ones that it has no vector for
+                               if token["id"] < c.vocab_size or not token["special"]]
     encoding = {"json": json.dumps(content), "eot_token": end[0] if isinstance(end, list) else end}
     ours = get_encoding(encoding)
     for token in ours.n_vocab - 1, ours.eot_token, *ours.front:
@@ -157,16 +156,16 @@ def to_gqa(model):
 def to_mla(weights, gqa, c, order=None, moments=None):
     """Weights of GPT(c), an MLA or MatMLA, from those of GPT(gqa). In float64, where they are new.
 
-    order: for every layer, heads as they shall be; None: as they are. Any order is the same layer, because every head
-    has a part of its own in all weights that are by heads. moments: of second_moments; None: nothing is rotated or cut.
+    order: for every layer, heads as they shall be. Any order is the same layer, for every head has a part of its own in
+    all weights that are by heads. moments: of second_moments; without them nothing is rotated or cut.
     """
     new = dict(weights)
     for i in range(c.n_layer):
-        place = f"blocks.{i}.attention.{{}}.weight"
-        old = [new.pop(place.format(name)).double() for name in ("W_Q", "W_K", "W_V", "W_O")]
+        name = f"blocks.{i}.attention.{{}}.weight".format
+        old = [new.pop(name(W)).double() for W in ("W_Q", "W_K", "W_V", "W_O")]
         heads = torch.tensor(order[i] if order else range(c.n_h))
-        for name, W in layer_to_mla(*old, gqa, c, heads, moments and moments[i]).items():
-            new[place.format(name)] = W
+        layer = layer_to_mla(*old, gqa, c, heads, moments and moments[i])
+        new |= {name(W): value for W, value in layer.items()}
     return new
 
 
@@ -185,9 +184,7 @@ def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
     K = torch.einsum("fgs,gfpi->sfpi", U, K)
     U = U[:, group]                                                     # [f,h,s]: where a head finds its key
     scale = ((d_h + c.d_R) / d_h) ** 0.5                                # MLA divides by √(d_h + d_R), GQA by √d_h
-    W_KR = K[:kept].flatten(0, 2)
     W_QR = torch.einsum("fhs,hfpi->hsfpi", U[..., :kept], Q).flatten(0, 3) * scale
-    W_UQ = Q.flatten(0, 2) * scale
 
     # The other slots live on without RoPE, in one latent with the values, at equal norm, so that PCA is fair to both.
     rest, P = K[kept:].flatten(0, 2), torch.eye(c.d_c).double()
@@ -199,10 +196,11 @@ def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
         P = torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)[:, : c.d_c]    # both ≈ P Pᵀ both
     P_K, P_V = P.split((len(rest), len(W_V)))
     P_K = P_K.unflatten(0, K[kept:].shape[:3]) * balance                # [s,f,p,c], empty if no slot is left
-    W_UK = torch.einsum("fhs,sfpc->hfpc", U[..., kept:], P_K).flatten(0, 2)
-    W_UV = P_V.unflatten(0, (n_kv, d_h))[group].flatten(0, 1)
-    W_O = W_O.unflatten(1, (n_h, d_h))[:, heads].flatten(1)
-    return {"W_UQ": W_UQ, "W_QR": W_QR, "W_DKV": P.T @ both, "W_KR": W_KR, "W_UK": W_UK, "W_UV": W_UV, "W_O": W_O}
+    return {
+        "W_UQ": Q.flatten(0, 2) * scale, "W_QR": W_QR, "W_DKV": P.T @ both, "W_KR": K[:kept].flatten(0, 2),
+        "W_UK": torch.einsum("fhs,sfpc->hfpc", U[..., kept:], P_K).flatten(0, 2),
+        "W_UV": P_V.unflatten(0, (n_kv, d_h))[group].flatten(0, 1),
+        "W_O": W_O.unflatten(1, (n_h, d_h))[:, heads].flatten(1)}
 
 
 def build(c, weights, dtype=torch.float32, device="cpu"):
@@ -230,11 +228,6 @@ def check(theirs, gqa, old, mla, new, tokens):
             raise ValueError(f"{name} is another model: its logits are off by {off[0]:.1e}, {off[1]:.1e}")
 
 
-def perplexity(logits_of, windows):
-    """exp of the mean loss of windows [n, width + 1]."""
-    return math.exp(sum(F.cross_entropy(logits_of(w[None, :-1])[0], w[1:]).item() for w in windows) / len(windows))
-
-
 def second_moments(model, windows):
     """For every layer of a GQA, the mean over all tokens of x xᵀ, [d+8, d+8], x being what W_K and W_V see; float64."""
     moments = [0.0] * len(model.blocks)
@@ -249,10 +242,8 @@ def second_moments(model, windows):
 
 @torch.enable_grad()
 def importance(model, windows):
-    """[n_layer, n_h]: about how much the loss would rise without a head, up to one factor. As in arXiv:2204.09656.
-
-    It is the Fisher information of a gate, at 1, on what the head has read: the sum of (o · ∂loss/∂o)² over all tokens.
-    """
+    """[n_layer, n_h]: about how much the loss would rise without a head, up to one factor: the Fisher information of a
+    gate, at 1, on what the head has read, the sum of (o · ∂loss/∂o)² over all tokens. As in arXiv:2204.09656."""
     score, attend, read = torch.zeros(len(model.blocks), model.config.n_h), matmla.attend, []
 
     def watched(*given):
@@ -269,17 +260,16 @@ def importance(model, windows):
     return score
 
 
-def tokens_of(name, encoding):
-    for _, document in groupby(documents(name, keyed=True), lambda part: part[0]):
-        for _, text in document:
-            yield from encoding.encode_ordinary(text)
-        yield encoding.eot_token
-
-
 def read_text(name, count, encoding, context):
     """[2, n, width + 1]: windows of a text to measure on, about `count` tokens, and as many others to calibrate on."""
+    def stream():
+        for _, document in groupby(documents(name, keyed=True), lambda part: part[0]):
+            for _, text in document:
+                yield from encoding.encode_ordinary(text)
+            yield encoding.eot_token
+
     width = min(512, context)
-    tokens = list(islice(tokens_of(name, encoding), 2 * math.ceil(count / width) * (width + 1)))
+    tokens = list(islice(stream(), 2 * math.ceil(count / width) * (width + 1)))
     if len(tokens) < 2 * (width + 1):
         raise ValueError(f"{name} has {len(tokens)} tokens, at least {2 * (width + 1)} are needed")
     return torch.tensor(tokens[: len(tokens) // (2 * width + 2) * (2 * width + 2)]).view(2, -1, width + 1)
@@ -290,13 +280,13 @@ def transmla(args):
     device = pick_device(args.device)
     theirs, encoding = read_pretrained(args.model)
     gqa, old = to_gqa(theirs)
-    full, order, moments, attention = gqa.d_c, None, None, "pretrained_matmla" if args.budgets else "pretrained_mla"
-    mla = replace(gqa, attention=attention, budgets=args.budgets or gqa.budgets)
+    full, order, moments, kind = gqa.d_c, None, None, "matmla" if args.budgets else "mla"
+    mla = replace(gqa, attention=f"pretrained_{kind}", budgets=args.budgets or gqa.budgets)
+    check_budgets(mla.budgets, gqa.n_h)
     sizes = [(d_c, args.d_R or full) for d_c in args.d_c or [full]] if args.d_c or args.d_R else []
     for d_c, d_R in sizes:
         if d_R % gqa.d_h or d_R > full or not 1 <= d_c <= 2 * full - d_R:
             raise ValueError(f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c {d_c} in 1..{2*full - d_R}")
-    check_budgets(mla.budgets, gqa.n_h)
     original, text = build(gqa, old, device=device), torch.randint(gqa.vocab_size, (1, gqa.context))
     if encoding:
         text, other = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context).to(device)
@@ -307,22 +297,26 @@ def transmla(args):
     new = to_mla(old, gqa, mla, order)
     check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)].cpu())
 
-    def rows(c, weights, sizes):
-        model, name = build(c, weights, device=device), c.attention.removeprefix("pretrained_")
-        for m in c.budgets:
-            size = model.new_cache(1, 1).nbytes // 2                    # of float32
-            ppl = f"{perplexity(lambda x: model(x, heads=m)[0], text):.4f}" if encoding else "no tokenizer, no text"
-            print(f"| our {name}, {sizes} | {m} | {size:,} | {ppl} |", flush=True)
-
     print(f"\n| {args.text} | heads | cache, bytes per token (bfloat16) | perplexity |\n|---|---|---|---|")
     if encoding:
-        print(f"| transformers | {gqa.n_h} | | {perplexity(lambda x: theirs.to(device)(x).logits, text):.4f} |")
-    rows(gqa, old, f"n_kv {gqa.n_kv}, d_h {gqa.d_h}")
-    rows(mla, new, f"d_c {full}, d_R {full}")
+        theirs = theirs.to(device)
+        loss = fmean(F.cross_entropy(theirs(w[None, :-1]).logits[0], w[1:]).item() for w in text)
+        print(f"| transformers | {gqa.n_h} | | {perplexity(loss):.4f} |")
+
+    def rows(name, c, weights):
+        model, ppl = build(c, weights, device=device), "no tokenizer, no text"
+        size = model.new_cache(1, 1).nbytes // 2                        # of float32
+        for m in c.budgets:
+            if encoding:
+                ppl = f"{perplexity(fmean(model(w[None, :-1], w[None, 1:], m)[1].item() for w in text)):.4f}"
+            print(f"| our {name} | {m} | {size:,} | {ppl} |", flush=True)
+
+    rows(f"gqa, n_kv {gqa.n_kv}, d_h {gqa.d_h}", gqa, old)
+    rows(f"{kind}, d_c {full}, d_R {full}", mla, new)
     for d_c, d_R in sizes:
         mla = replace(mla, d_c=d_c, d_R=d_R)
         new = to_mla(old, gqa, mla, order, moments)
-        rows(mla, new, f"d_c {d_c}, d_R {d_R}")
+        rows(f"{kind}, d_c {d_c}, d_R {d_R}", mla, new)
     args.out.mkdir(parents=True, exist_ok=True)
     path, new = args.out / "checkpoint.pt", {name: W.float().contiguous() for name, W in new.items()}
     save(path, config=asdict(mla), settings={}, encoding=encoding, step=0, model=new, optimizers=[], log=[])

@@ -3,8 +3,8 @@ Latent attention in numbers that you can follow by hand: two heads, three tokens
 
     python walkthrough.py
 
-The numbers come out of the classes of matmla.py, with weights set by hand; what is computed beside them, step by step,
-is asserted to be the same. Token t turns by t right angles, so that RoPE too leaves round numbers.
+The classes of matmla.py do the work, with weights set by hand. Whatever is computed a second way is asserted to be the
+same, or, in step 5, not to be. A position is a right angle here, so that RoPE too leaves round numbers.
 """
 
 import math
@@ -14,120 +14,139 @@ import torch
 from matmla import ATTENTION, Cache, Config, rope
 
 SIZES = dict(d=2, n_h=2, n_kv=1, d_h=2, d_c=2, d_cq=0, d_R=2)
-WEIGHTS = {    # two rows for head 1, then two rows for head 2, where a weight has heads
-    "W_DKV": [[2, 3], [2, -3]],
-    "W_UQ": [[0, 1], [1, 0], [1, -1], [0, 1]],
-    "W_UK": [[1, 0], [1, 1], [2, 0], [0, -1]],
-    "W_UV": [[1, 1], [0, 2], [0, 1], [1, 0]],
-    "W_KR": [[1, 0], [0, 1]],
-    "W_QR": [[0, 1], [1, -1], [1, -1], [0, 0]],
-    "W_O": [[1, 0, 1, 0], [0, 1, 0, 1]],    # y = o_1 + o_2
+W_Q, W_K, W_V = [[0, 1], [1, 0], [1, -1], [0, 1]], [[1, 0], [1, 1], [2, 0], [0, -1]], [[1, 1], [0, 2], [0, 1], [1, 0]]
+WEIGHTS = {    # two rows are head 1, the next two head 2
+    "W_Q": W_Q, "W_K": W_K, "W_V": W_V,         # of x
+    "W_UQ": W_Q, "W_UK": W_K, "W_UV": W_V,      # the same numbers, but W_UK and W_UV are of c
+    "W_QR": [[0, 1], [-1, 1], [-1, 1], [0, 0]],
+    "W_KR": [[1, 0], [0, 1]], "W_DKV": [[2, 3], [2, -3]],
+    "W_O": [[1, 0, 1, 0], [0, 1, 0, 1]],        # y = o_1 + o_2
 }
-WEIGHTS |= {"W_Q": WEIGHTS["W_UQ"], "W_K": WEIGHTS["W_UK"], "W_V": WEIGHTS["W_UV"]}    # MHA's: the same, but of x, not of c
-X = [[1, 0], [0, 1], [2, 1]]                                            # three tokens
 
 
 def by_hand(name, **sizes):
-    """An attention of matmla.py with these weights; with fewer heads or keys, their first rows."""
-    attention = ATTENTION[name](Config(attention=name, **SIZES | sizes)).double()
+    """An attention of matmla.py with these weights; if it has fewer heads or keys, the first of them."""
+    attention = ATTENTION[name](Config(attention=name, **SIZES | sizes)).double().requires_grad_(False)
     for part, module in attention.named_children():
         if part in WEIGHTS:
             rows, columns = module.weight.shape
-            module.weight.data = torch.tensor(WEIGHTS[part]).double()[:rows, :columns]
-    return attention.requires_grad_(False)
+            module.weight.copy_(torch.tensor(WEIGHTS[part])[:rows, :columns])
+    return attention
+
+
+def turn(u, angles):
+    """R u for each of the vectors u [n, 2] and its angle."""
+    return rope(u[None, :, None], angles, 1.0)[0, :, 0]
+
+
+def same(a, b, rounding=1e-12):
+    return torch.allclose(a, b, rtol=0, atol=rounding)
 
 
 def text(v):
-    """A number or a vector, rounded to two decimals, without zeros that say nothing."""
-    if v.dim():
+    """A number, (a vector) or [a matrix; row by row], with at most two decimals."""
+    if v.dim() == 2:
+        return "[" + "; ".join(" ".join(map(text, row)) for row in v) + "]"
+    if v.dim() == 1:
         return "(" + ", ".join(map(text, v)) + ")"
-    return f"{round(v.item(), 2) + 0:.2f}".rstrip("0").rstrip(".")
+    return f"{round(v.item(), 2) + 0:.2f}".rstrip("0").rstrip(".")          # + 0: no -0
 
 
-def table(*columns, width=16):
-    """Print columns: a heading, then a cell for each token."""
-    for cells in zip(*columns):
-        print("    " + "".join(f"{cell if isinstance(cell, str) else text(cell):<{width}}" for cell in cells).rstrip())
-
-
-def same(a, b):
-    return torch.allclose(a, b, rtol=0, atol=1e-12)
+def table(columns):
+    """Print {heading: a number or vector for each token}."""
+    print("\n    " + "".join(f"{heading:<16}" for heading in columns).rstrip())
+    for cells in zip(*columns.values()):
+        print("    " + "".join(f"{text(cell):<16}" for cell in cells).rstrip())
 
 
 def walk():
-    x, right_angles = torch.tensor([X]).double(), torch.arange(3) * math.pi / 2
-    mha, full, gqa, mla, matmla = map(by_hand, ("mha", "nested_mha", "gqa", "mla", "matmla"))
-    print("Three tokens, x = (1, 0), (0, 1), (2, 1). Two heads of width 2. Token t turns by t right angles.\n")
+    x, angles = torch.tensor([[1, 0], [0, 1], [2, 1]]).double(), torch.arange(3) * math.pi / 2
+    mla, matmla = by_hand("mla"), by_hand("matmla")
+    print(f"Three tokens: x = {', '.join(map(text, x))}. Two heads of width 2. Matrices are written [row; row].")
+    print("RoPE turns token t by t right angles: R(1) (a, b) = (-b, a) and R(2) (a, b) = (-a, -b).\n")
 
-    print("1. A token leaves a row in the cache. Here is that of token 1, and how long it is with 12 heads by default.\n")
-    rows = {}
-    for label, attention, m, big, parts in (
-        ("MHA", mha, 2, 12, "k_1 v_1 k_2 v_2"), ("nested MHA, full", full, 2, 12, "k_1 v_1 k_2 v_2"),
-        ("nested MHA, ragged", full, 1, 4, "k_1 v_1"), ("GQA", gqa, 2, 12, "k v"),
-        ("MLA", mla, 2, 12, "c k_R"), ("MatMLA", matmla, 2, 12, "c k_R"),
+    print("1. Every token leaves a row in the cache. MHA: a key k = R(t) W_K x and a value v = W_V x of each")
+    print("   head. GQA: one k and v for all heads. MLA: a latent c (step 2) and one key k_R (step 6).")
+    print("   Token 1 leaves this, if W_K and W_V have the numbers of W_UK and W_UV in step 3:\n")
+    print(f"    {'':<68}numbers  at default sizes")
+    written = {}
+    for label, name, m, default_m, parts in (
+        ("MHA", "mha", 2, 12, "k_1 v_1 k_2 v_2"),
+        ("nested MHA, full", "nested_mha", 2, 12, "k_1 v_1 k_2 v_2"),
+        ("nested MHA, ragged", "nested_mha", 1, 4, "k_1 v_1"),    # written by fewer heads
+        ("GQA", "gqa", 2, 12, "k v"),
+        ("MLA", "mla", 2, 12, "c k_R"),
+        ("MatMLA", "matmla", 2, 12, "c k_R"),
     ):
-        rows[label] = attention.write(x, right_angles, m)[0]                                    # [3 tokens, numbers]
-        row = "  ".join(f"{part} {text(v)}" for part, v in zip(parts.split(), rows[label][1].view(-1, 2)))
-        name = next(name for name, kind in ATTENTION.items() if type(attention) is kind)
-        long = ATTENTION[name](Config(attention=name)).numbers(big)
-        print(f"    {label:<20}{row:<48}{attention.numbers(m)} numbers, {long:>3} with {big}")
-    assert same(rows["MHA"], rows["nested MHA, full"]) and same(rows["MHA"][:, :4], rows["nested MHA, ragged"])
-    assert same(rows["MLA"], rows["MatMLA"])
+        attention, default = by_hand(name), ATTENTION[name](Config(attention=name))
+        rows = written[label] = attention.write(x[None], angles, m)[0]                      # [token, numbers]
+        row = "  ".join(f"{part} {text(v)}" for part, v in zip(parts.split(), rows[1].view(-1, 2)))
+        print(f"    {label:<20}{row:<48}{rows.shape[1]:<9}{default.numbers(default_m)}, {default_m} heads")
+    assert same(written["nested MHA, full"], written["MHA"]) and same(written["MatMLA"], written["MLA"])
+    assert same(written["nested MHA, ragged"], written["MHA"][:, :4])
 
-    print("\n2. Compress: a latent of 2 numbers for the keys and values of all heads.    c = norm(W_DKV x)\n")
-    raw = x[0] @ mla.W_DKV.weight.T
-    c, k_R = rows["MLA"].split(2, -1)
-    assert torch.allclose(c, raw / raw.square().mean(-1, keepdim=True).sqrt(), atol=1e-6)      # 1e-6: eps
-    table(["x", *x[0]], ["W_DKV x", *raw], ["its rms", *raw.square().mean(-1).sqrt()], ["c", *c])
+    print("\n2. Compress: one short latent stands for the keys and values of all heads.")
+    print(f"   c = norm(W_DKV x), W_DKV = {text(mla.W_DKV.weight)}. The norm divides by the root of the mean square.")
+    c, k_R = written["MLA"].split(2, 1)
+    long = mla.W_DKV(x)
+    root = long.square().mean(1).sqrt()
+    table({"x": x, "W_DKV x": long, "root": root, "c": c})
+    assert same(c, long / root[:, None], rounding=1e-6)                                     # the norm has an eps
 
-    print("\n3. Expand: each head makes its own key and value of it.    k = W_UK c    v = W_UV c\n")
-    W_UK, W_UV = (W.weight.unflatten(0, (2, 2)) for W in (mla.W_UK, mla.W_UV))                  # [head, 2, 2]
-    k, v = (torch.einsum("hdc,sc->hsd", W, c) for W in (W_UK, W_UV))                            # [head, token, 2]
-    table(["c", *c], ["k of head 1", *k[0]], ["v of head 1", *v[0]], ["k of head 2", *k[1]], ["v of head 2", *v[1]])
+    print("\n3. Expand: each head makes its own key k = W_UK c and value v = W_UV c out of it, with")
+    weights = mla.W_UQ, mla.W_UK, mla.W_UV, mla.W_QR
+    W_UQ, W_UK, W_UV, W_QR = (W.weight.view(2, 2, 2) for W in weights)                      # [head, row, column]
+    for h in 0, 1:
+        print(f"   W_UK = {text(W_UK[h])} and W_UV = {text(W_UV[h])} in head {h + 1}{'.' if h else ','}")
+    k, v = c @ W_UK.mT, c @ W_UV.mT                                                         # [head, token, 2]
+    table({"c": c, "k of head 1": k[0], "v of head 1": v[0], "k of head 2": k[1], "v of head 2": v[1]})
 
-    print("\n4. Absorb: token 2 asks, head 1. W_UK may be applied to every key, or once to the query.\n")
-    q = (x[0, 2] @ mla.W_UQ.weight.T)[:2]
-    carried = W_UK[0].T @ q
-    naive, absorbed = k[0] @ q, c @ carried
-    print(f"    q = {text(q)}    q·k = q·(W_UK c) = (W_UKᵀ q)·c    W_UKᵀ q = {text(carried)}\n")
-    table(["k", *k[0]], ["q·k", *naive], ["c", *c], ["(W_UKᵀ q)·c", *absorbed])
+    print("\n4. Absorb: apply W_UK to every latent, or once to the query.  q·k = q·(W_UK c) = (W_UKᵀ q)·c")
+    q = mla.W_UQ(x[2]).view(2, 2)                                                           # [head, 2]
+    carried = torch.einsum("hkc,hk->hc", W_UK, q)
+    print(f"   Token 2 asks. In head 1, W_UQ = {text(W_UQ[0])}, so q = W_UQ x = {text(q[0])} and "
+          f"W_UKᵀ q = {text(carried[0])}.")
+    naive, absorbed = torch.einsum("hsk,hk->hs", k, q), carried @ c.T                       # [head, token]
+    table({"k": k[0], "q·k": naive[0], "c": c, "(W_UKᵀ q)·c": absorbed[0]})
     assert same(naive, absorbed)
 
-    print("\n5. RoPE inside k: key s turns by s right angles, the query by 2. The score is qᵀ R(s-2) W_UK c, and so")
-    print(f"   the query must carry W_UKᵀ R(s-2)ᵀ q: another vector for every s. With {text(carried)} for all:\n")
-    turn = lambda u, positions: rope(u[None, :, None], positions, 1.0)[0, :, 0]
-    right = turn(k[0], right_angles) @ turn(q[None], right_angles[2:])[0]
-    needed = turn(q.expand(3, 2), right_angles[2] - right_angles) @ W_UK[0]
-    table(["s", *torch.arange(3)], ["score", *right], ["to carry", *needed], ["score with it", *(c * needed).sum(-1)],
-          [f"with {text(carried)}", *absorbed], ["off by", *(absorbed - right).abs()])
-    assert same((c * needed).sum(-1), right) and not same(absorbed, right)
+    print("\n5. Put RoPE inside k, and R(s) turns key s, R(2) the query. The score is qᵀ R(s-2) W_UK c, so the")
+    print(f"   query must carry W_UKᵀ R(2-s) q, another vector for every s. One for all, {text(carried[0])}, is wrong:")
+    turned = turn(k[0], angles) @ turn(q[:1], angles[2:])[0]
+    needed = turn(q[0].expand(3, 2), angles[2] - angles) @ W_UK[0]
+    table({"s": torch.arange(3), "score": turned, "to carry": needed, "score with it": (needed * c).sum(1),
+           f"with {text(carried[0])}": absorbed[0], "off by": (absorbed[0] - turned).abs()})
+    assert same((needed * c).sum(1), turned) and not same(absorbed[0], turned, rounding=1)
 
-    print("\n6. RoPE decoupled: one more key for position, cached as it is. Scores are added.    k_R = R(s) W_KR x\n")
-    q_C, q_R = (part[0, 0, 0] for part in mla.queries(x[:, 2:], right_angles[2:], 2))
-    naive = torch.cat((k[0], k_R), -1) @ torch.cat((q_C, q_R)) / 2                              # √(d_h + d_R) = 2
-    absorbed = torch.cat((c, k_R), -1) @ torch.cat((carried, q_R)) / 2
-    p = absorbed.softmax(0)
-    print(f"    q_R = {text(q_R)}    scores / √(2+2), then softmax\n")
-    table(["k_R", *k_R], ["q_R·k_R", *k_R @ q_R], ["naive", *naive], ["absorbed", *absorbed], ["p", *p])
-    assert same(naive, absorbed)
-    o = p @ v[0]
-    assert same(o, W_UV[0] @ (p @ c))
-    print(f"\n    o_1 = Σ p v = W_UV (Σ p c) = W_UV {text(p @ c)} = {text(o)}")
-    arguments = x[:, 2:], rows["MLA"][None], right_angles[2:]
-    y, y_absorbed = mla.read(*arguments, 2)[0, 0], mla.read_absorbed(*arguments, 2)[0, 0]
-    assert same(y, y_absorbed)
-    print(f"    y = o_1 + o_2 = {text(y)} by `read`, {text(y_absorbed)} by `read_absorbed` of matmla.py")
+    print("\n6. Decouple RoPE: position gets a key of its own, cached beside c, and the two scores are added.")
+    q_R = turn(mla.W_QR(x[2]).view(2, 2), angles[[2, 2]])                                   # [head, 2]
+    print(f"   k_R = R(s) W_KR x and q_R = R(2) W_QR x = {text(q_R[0])}, with W_KR = {text(mla.W_KR.weight)} "
+          f"and W_QR = {text(W_QR[0])}.\n   The scale is 1/√(d_h + d_R) = 1/2.")
+    s, s_absorbed = ((score + q_R @ k_R.T) / 2 for score in (naive, absorbed))
+    p = s_absorbed.softmax(1)
+    table({"q·k, step 4": naive[0], "k_R": k_R, "q_R·k_R": k_R @ q_R[0], "sum / 2": s[0], "absorbed": s_absorbed[0],
+           "p = softmax": p[0]})
+    o, o_absorbed = torch.einsum("hs,hsv->hv", p, v), torch.einsum("hvc,hc->hv", W_UV, p @ c)
+    print("\n   Values are absorbed, too: apply W_UV to every latent, or once to their sum.  Σ p v = W_UV (Σ p c)\n")
+    for h in 0, 1:
+        print(f"    head {h + 1}    Σ p c = {text((p @ c)[h]):<14}o_{h + 1} = Σ p v = {text(o[h])}")
+    asked = x[None, 2:], written["MLA"][None], angles[2:]
+    y = mla.read(*asked, 2)[0, 0]
+    print(f"    layer     y = W_O (o_1; o_2) = o_1 + o_2 = {text(y)}, since W_O = {text(mla.W_O.weight)}")
+    assert same(s, s_absorbed) and same(o, o_absorbed)
+    assert same(y, o[0] + o[1]) and same(y, mla.read_absorbed(*asked, 2)[0, 0])
 
-    print("\n7. No head wrote these rows, so any number of heads can read them.\n")
-    one = matmla.read(*arguments, 1)[0, 0]
-    alone = by_hand("mla", n_h=1)
-    assert same(one, o) and same(one, alone.read(*arguments, 1)[0, 0]) and same(matmla.read(*arguments, 2)[0, 0], y)
-    print(f"    MatMLA, 2 heads    y = o_1 + o_2 = {text(y)}")
-    print(f"    MatMLA, 1 head     y = o_1       = {text(one)}, as an MLA that has only head 1")
+    print("\n7. MatMLA: no head wrote these rows, so any number of heads may read them. Token 2 reads them again:\n")
+    y = [matmla.read(*asked, m)[0, 0] for m in (1, 2)]
+    print(f"    2 heads   y = o_1 + o_2 = {text(y[1])}")
+    print(f"    1 head    y = o_1 = {text(y[0])}, as an MLA with only head 1 would")
+    assert same(*(matmla.write(x[None], angles, m) for m in (1, 2))) and same(y[0], o[0]) and same(y[1], o[0] + o[1])
+    assert same(y[0], by_hand("mla", n_h=1).read(*asked, 1)[0, 0])
     try:
-        full(x[:, 2:], 2, Cache(torch.zeros(1, 3, 4), heads=1))
+        by_hand("nested_mha")(x[None, 2:], 2, Cache(written["nested MHA, ragged"][None], heads=1))
+        raise AssertionError("2 heads found their keys in rows that 1 head wrote")
     except ValueError as error:
-        print(f"    nested MHA, rows of 1 head, read by 2: {error}")
+        print(f"    Nested MHA, from rows that 1 head wrote: {error}.")
 
 
 if __name__ == "__main__":

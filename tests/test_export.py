@@ -9,29 +9,19 @@ import torch
 import transformers
 from tiktoken import Encoding
 from tiktoken._educational import bpe_train
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
-from transformers.models.llama import modeling_llama
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+from transformers.models.llama import modeling_llama as llama
 
 import common    # the first of ours
 import export
 import transmla
 from data import END, get_encoding
-from matmla import GPT, Config
+from test_matmla import error, make, some_tokens
 
 torch.set_num_threads(1)
-SIZES = dict(vocab_size=300, context=128, n_layer=2, d=48, n_h=6, n_kv=3, d_h=10, d_c=14, d_cq=22, d_R=4, d_ff=36,
-             budgets=(6,), rope_base=500.0)
-CHARACTERS = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
-TEXT = f"It's  we'LL\t\n\n \r\n  x12 5,6..!?  \n {END} e\u0301 👩‍🚀\0 " + "".join(CHARACTERS[:0x3000] + CHARACTERS[::97])
-
-
-def random_model(attention, **sizes):
-    """Weights so large that attention is far from uniform; norms that are not all ones."""
-    torch.manual_seed(0)
-    model = GPT(Config(**SIZES | {"attention": attention} | sizes)).eval()
-    for p in model.parameters():
-        p.data = torch.randn_like(p) * (0.3 if p.dim() == 2 else 1)
-    return model
+WIDE = dict(vocab_size=300, d=48, context=128, rope_base=500.0)    # for bytes, heads that divide d, 100 new tokens
+CHARACTERS = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+TEXT = f"It's  we'LL\t\n\n \r\n  x12 5,6..!?  \n {END} e\u0301 👩‍🚀\0 " + CHARACTERS[:0x3000] + CHARACTERS[::97]
 
 
 def reopened(model, m, folder):
@@ -39,24 +29,20 @@ def reopened(model, m, folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def tokens(batch=2, length=50):
-    return torch.randint(300, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.fixture
-def widened(monkeypatch):
-    """transformers computes norms and angles in float32, whatever the weights are. Here both are in float64."""
+def in_float64(monkeypatch):
+    """transformers computes norms and angles in float32, whatever the weights are. Here both are in float64, too."""
     def norm(self, x):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+        return self.weight * x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
 
     def angles(self, x, position_ids):
         n, base = self.config.head_dim, self.config.rope_parameters["rope_theta"]
-        angle = position_ids[..., None] * base ** -(torch.arange(0, n, 2).double() / n)
-        return torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+        angle = (position_ids[..., None] * base ** -(torch.arange(0, n, 2).double() / n)).repeat(1, 1, 2)
+        return angle.cos(), angle.sin()
 
-    for library, name in (modeling_deepseek_v3, "DeepseekV3"), (modeling_llama, "Llama"):
-        monkeypatch.setattr(getattr(library, name + "RMSNorm"), "forward", norm)
-        monkeypatch.setattr(getattr(library, name + "RotaryEmbedding"), "forward", angles)
+    for name, forward in ("RMSNorm", norm), ("RotaryEmbedding", angles):
+        monkeypatch.setattr(getattr(deepseek, "DeepseekV3" + name), "forward", forward)
+        monkeypatch.setattr(getattr(llama, "Llama" + name), "forward", forward)
 
 
 CASES = [("mha", 6, {}), ("gqa", 6, dict(norm_eps=1e-3)), ("mla", 6, dict(d_cq=0)), ("nested_mha", 6, {}),
@@ -65,26 +51,24 @@ CASES = [("mha", 6, {}), ("gqa", 6, dict(norm_eps=1e-3)), ("mla", 6, dict(d_cq=0
 
 
 @pytest.mark.parametrize("attention, m, sizes", CASES)
-def test_logits_are_ours_in_float64(attention, m, sizes, tmp_path, widened):
-    model = random_model(attention, **sizes).double()
-    theirs, ours = reopened(model, m, tmp_path), model(tokens(), heads=m)[0]
+def test_logits_are_ours_in_float64(attention, m, sizes, tmp_path, in_float64):
+    model = make(attention, **WIDE | sizes)
+    theirs = reopened(model, m, tmp_path)
     assert type(theirs).__name__ == ("DeepseekV3ForCausalLM" if "mla" in attention else "LlamaForCausalLM")
-    assert (theirs(tokens()).logits - ours).abs().max() < 1e-10 * ours.abs().max()
+    assert error(theirs(some_tokens()).logits, model(some_tokens(), heads=m)[0]) < 1e-10
 
 
 @pytest.mark.parametrize("attention, m", [("gqa", 6), ("nested_mha", 3), ("mla", 6), ("matmla", 4)])
 def test_in_float32_logits_differ_by_rounding_and_the_greedy_text_is_the_same(attention, m, tmp_path):
-    model = random_model(attention)
-    theirs, ours = reopened(model, m, tmp_path), model(tokens(), heads=m)[0]
-    assert (theirs(tokens()).logits - ours).abs().max() < 1e-5 * ours.abs().max()
-    text = theirs.generate(tokens(length=20), max_new_tokens=100, do_sample=False, pad_token_id=0)
-    assert torch.equal(text, model.generate(tokens(length=20), 100, m, temperature=0))
+    model = make(attention, torch.float32, **WIDE)
+    theirs = reopened(model, m, tmp_path)
+    assert error(theirs(some_tokens()).logits, model(some_tokens(), heads=m)[0]) < 2e-6
+    text = theirs.generate(some_tokens(length=20), max_new_tokens=100, do_sample=False)
+    assert torch.equal(text, model.generate(some_tokens(length=20), 100, m, temperature=0))
 
 
-@pytest.mark.parametrize("name", ["bytes", "learnt", "gpt2"])
+@pytest.mark.parametrize("name", ["bytes", "learnt"] + ["gpt2"] * ("TIKTOKEN_CACHE_DIR" in os.environ))
 def test_tokenizer_has_our_ids_for_every_kind_of_character_and_gives_the_text_back(name, tmp_path):
-    if name == "gpt2" and "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("GPT-2's vocabulary may not be here")
     if name == "learnt":    # GPT-2's way of cutting text into words, with 400 tokens of this file
         pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
         ranks = bpe_train(open(__file__, encoding="utf-8").read(), 400, pattern, visualise=None)
@@ -100,13 +84,13 @@ def test_tokenizer_has_our_ids_for_every_kind_of_character_and_gives_the_text_ba
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run export.py on a model in an empty folder; return (exit status, what it said)."""
-    def run(model, *arguments):
+    """Run a script in a folder that has this model's checkpoint; return (exit status, what it said)."""
+    def run(module, model, *arguments):
         common.save(tmp_path / "checkpoint.pt", config=dataclasses.asdict(model.config), settings={}, encoding="bytes",
-                   step=0, model=model.state_dict(), optimizers=[], log=[])
-        monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "checkpoint.pt"), *map(str, arguments)])
+                    step=0, model=model.state_dict(), optimizers=[], log=[])
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         try:
-            return export.main() or 0, "".join(capsys.readouterr())
+            return module.main() or 0, "".join(capsys.readouterr())
         except SystemExit as stop:
             return stop.code, "".join(capsys.readouterr())
 
@@ -114,16 +98,15 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_an_exported_gqa_goes_through_transmla_and_comes_back_with_its_text_and_tokens(run, tmp_path):
-    model = random_model("gqa")
-    assert run(model, "--out", "new/llama")[0] == 0
-    theirs, tokenizer = transmla.read_pretrained(str(tmp_path / "new/llama"))
-    gqa, weights = transmla.to_gqa(theirs)
-    mla = dataclasses.replace(gqa, attention="pretrained_mla")
-    new = transmla.build(mla, transmla.to_mla(weights, gqa, mla), torch.float64)
-    ours = model.double()(tokens())[0]
-    assert (new(tokens())[0] - ours).abs().max() < 1e-10 * ours.abs().max()
-    assert get_encoding(tokenizer).encode_ordinary(TEXT) == get_encoding("bytes").encode_ordinary(TEXT)
+def test_an_exported_gqa_goes_through_transmla_and_comes_back_with_its_logits_and_tokens(run, tmp_path):
+    model = make("gqa", torch.float32, **WIDE)
+    assert run(export, model, "checkpoint.pt", "--out", "new/llama")[0] == 0
+    assert run(transmla, model, "new/llama", "--text", __file__, "--tokens", 100, "--device", "cpu")[0] == 0
+    back, encoding = common.load(tmp_path / "out/transmla/checkpoint.pt", "cpu")
+    assert error(back(some_tokens())[0], model(some_tokens())[0]) < 2e-6
+    ids = export.to_tokenizer(encoding, 9)(TEXT)["input_ids"]
+    assert ids == encoding.encode_ordinary(TEXT) == get_encoding("bytes").encode_ordinary(TEXT)
+    assert transformers.AutoConfig.from_pretrained("new/llama").eos_token_id == encoding.eot_token == 256
 
 
 @pytest.mark.parametrize("attention, arguments, words", [
@@ -131,8 +114,7 @@ def test_an_exported_gqa_goes_through_transmla_and_comes_back_with_its_text_and_
     ("mla", ["--heads", 4], "4 heads asked"), ("nested_mha", ["--heads", 5], "5 heads do not divide 48"),
     ("pretrained_mla", [], "pretrained_mla"), ("mla", ["--out", "full"], "full exists")])
 def test_a_mistake_is_one_line_and_writes_nothing(attention, arguments, words, run, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/of").write_text("life")
-    code, said = run(random_model(attention, d_R=10), *arguments)
+    (tmp_path / "full/of").mkdir(parents=True)
+    code, said = run(export, make(attention, **WIDE, d_R=10), "checkpoint.pt", *arguments)
     assert code == 2 and said.count("\n") == 1 and words in said
     assert {path.name for path in tmp_path.rglob("*")} == {"checkpoint.pt", "metrics.jsonl", "full", "of"}
