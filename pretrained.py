@@ -79,7 +79,7 @@ def from_pieces(path, bos):
 
 
 def with_one(x):
-    """x [..., d] -> [..., d + 8]: a 1 behind x, whose column in a matrix is the bias, and zeros, as a GPU likes widths."""
+    """x [..., d] -> [..., d + 8]: a 1 behind x, whose column in a matrix is the bias, and zeros, which a GPU likes."""
     return F.pad(F.pad(x, (0, 1), value=1.0), (0, 7))
 
 

@@ -21,9 +21,11 @@ from tests.test_train import log_of, main_of, refuses
 
 torch.set_num_threads(1)
 TIGHT, LOOSE = 1e-10, 1e-5    # float64: rounding only; float32
-TOKENS = torch.randint(265, (2, 40), generator=torch.Generator().manual_seed(1))
-PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), " a", "ab", " ", "a", "b", "▁"]
-SIZES = dict(vocab_size=265, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6,
+TOKENS = torch.randint(266, (2, 40), generator=torch.Generator().manual_seed(1))
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), " a", "ab", "abb", " ", "a", "b", "▁"]
+ELSE = {"pieces.json": None}    # then another tokenizer is looked for
+LFS = "version https://git-lfs.github.com/spec/v1"    # of a file that was not fetched
+SIZES = dict(vocab_size=266, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=3, head_dim=4, max_position_embeddings=64, tie_word_embeddings=True)
 
 
@@ -117,7 +119,6 @@ def test_any_order_of_heads_is_the_same_model_and_importance_is_that_of_a_gate_o
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a random Llama, a tokenizer and a text."""
     folder = tmp_path_factory.mktemp("pretrained")
     hf_model("Llama", bos_token_id=1, eos_token_id=2).save_pretrained(folder)
     (folder / "pieces.json").write_text(json.dumps(PIECES))
@@ -125,24 +126,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-ELSE = {"pieces.json": None}    # then another tokenizer is looked for
-LFS = "version https://git-lfs.github.com/spec/v1"    # of a file that was not fetched
-
-
-def config(old, new):
-    return {"config.json": (old, new)}
-
-
-@pytest.mark.parametrize("words, broken", [    # flags, or files: None, all of the text, or what is replaced and by what
-    ("cannot use", {"config.json": "{"}), ("RoPE scaling (linear)", config('"default"', '"linear", "factor": 2.0')),
-    ("the activation gelu", config("silu", "gelu")), ("o_proj.bias", config('n_bias": false', 'n_bias": true')),
-    ("a sliding window of 16", config('"llama"', '"mistral", "sliding_window": 16')),
-    ("QK-norm", config('"llama"', '"qwen3"')), ("mixture of experts", config('"llama"', '"mixtral"')),
-    ("the architecture gemma", config('"llama"', '"gemma"')),
-    ("without model.layers.2.", config('rs": 2', 'rs": 3')), ("weight model.layers.1.", config('rs": 2', 'rs": 1')),
-    ("no end of text", config('eos_token_id": 2', 'eos_token_id": null')),
-    ("token 300 is not in the embedding of 265", config('eos_token_id": 2', 'eos_token_id": 300')),
-    ("token 265 is not in the embedding of 265", {"pieces.json": json.dumps([*PIECES, "more"])}),
+@pytest.mark.parametrize("words, broken", [    # what is replaced in config.json, and by what; or whole files, or flags
+    ("cannot use", {"config.json": "{"}), ("RoPE scaling (linear)", ('"default"', '"linear", "factor": 2.0')),
+    ("the activation gelu", ("silu", "gelu")),
+    ("the weight model.layers.0.self_attn.o_proj.bias", ('n_bias": false', 'n_bias": true')),
+    ("a sliding window of 16", ('"llama"', '"mistral", "sliding_window": 16')),
+    ("QK-norm", ('"llama"', '"qwen3"')), ("mixture of experts", ('"llama"', '"mixtral"')),
+    ("the architecture gemma", ('"llama"', '"gemma"')),
+    ("without model.layers.2.", ('rs": 2', 'rs": 3')), ("weight model.layers.1.", ('rs": 2', 'rs": 1')),
+    ("no end of text", ('eos_token_id": 2', 'eos_token_id": null')),
+    ("token 300 is not in the embedding of 266", ('eos_token_id": 2', 'eos_token_id": 300')),
+    ("token 266 is not in the embedding of 266", {"pieces.json": json.dumps([*PIECES, "more"])}),
     ("the tokenizer of", ELSE | {"tokenizer.json": LFS}), ("the tokenizer of", ELSE | {"tokenizer_config.json": "{}"}),
     ("has no fast form", ELSE | {"tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}'}),
     ("no tokenizer", ELSE | {"flags": "--budgets 6,3"}), ("has 8 tokens", {"text.txt": "a text"}),
@@ -152,11 +146,12 @@ def config(old, new):
 def test_what_cannot_be_converted_is_refused_by_name(words, broken, folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    for path, content in ((Path("model", name), content) for name, content in broken.items()):
-        if isinstance(content, tuple):
-            assert content[0] in path.read_text()
-            content = path.read_text().replace(*content)
-        path.unlink() if content is None else path.write_text(content)
+    if isinstance(broken, tuple):
+        right = Path("model/config.json").read_text()
+        assert broken[0] in right
+        broken = {"config.json": right.replace(*broken)}
+    for name, content in broken.items():
+        Path("model", name).unlink() if content is None else Path("model", name).write_text(content)
     if "W_KR" in broken:
         right = transmla.layer_to_mla
         monkeypatch.setattr(transmla, "layer_to_mla", lambda *given: right(*given) | {"W_KR": torch.ones(12, 32)})
@@ -185,10 +180,15 @@ def test_a_checkpoint_samples_like_the_original_and_trains_on(folder, tmp_path, 
     start, text, theirs = "out/transmla/checkpoint.pt", str(folder / "text.txt"), hf_model("Llama")
     main_of(transmla, monkeypatch, folder, "--text", text, "--budgets", "6,4,2", "--device", "cpu")
     assert "| our matmla, d_c 12, d_R 12 | 2 | 96 |" in capsys.readouterr().out
-    encoding = common.load(start, "cpu")[1]
-    prompt = encoding.encode_ordinary("abab")
-    assert prompt == [1, *map(PIECES.index, (" a", "b", "ab"))], "pieces are not merged in their order"
-    flags = "--device cpu --tokens 9 --temperature 0 --prompt abab".split()
+    model, encoding = common.load(start, "cpu")
+    old = transmla.build(*transmla.to_gqa(theirs))
+    best = transmla.importance(old, transmla.read_text(text, 8192, encoding, 64)[1]).argmax(1)
+    for first, block, gqa in zip(best, model.blocks, old.blocks):
+        head = gqa.attention.W_O.weight.unflatten(1, (6, 4))[:, first]
+        assert torch.equal(block.attention.W_O.weight[:, :4], head), "the most important head is not the first"
+    prompt = encoding.encode_ordinary("ababb")
+    assert prompt == [1, *map(PIECES.index, (" a", "b", "abb"))], "pieces are not merged in their order"
+    flags = "--device cpu --tokens 9 --temperature 0 --prompt ababb".split()
     main_of(sample, monkeypatch, "--checkpoint", start, *flags)
     tokens = theirs.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0].tolist()
     said = b"".join(token_bytes(encoding, token) for token in tokens).decode(errors="replace")
@@ -197,15 +197,28 @@ def test_a_checkpoint_samples_like_the_original_and_trains_on(folder, tmp_path, 
     flags = "--device cpu --out on --context 32 --steps 25 --batch 6 --lr 0.02 --lr-adamw 0.01".split()
     main_of(train, monkeypatch, "--init", start, "--data", text, *flags)
     looks = [line["val_loss"] for line in log_of(Path("on")) if "val_loss" in line]
-    _, held_out = read_tokens(prepare(text, torch.load(start)["encoding"]), 32, 265)
-    c, weights = transmla.to_gqa(theirs)
-    loss = common.evaluate(transmla.build(replace(c, context=32), weights), held_out, 256)[6]
+    _, held_out = read_tokens(prepare(text, torch.load(start)["encoding"]), 32, 266)
+    old.config = replace(old.config, context=32)
+    loss = common.evaluate(old, held_out, 256)[6]
     assert looks[0]["6"] == pytest.approx(loss, abs=1e-4)
     assert all(looks[-1][m] < looks[0][m] - 0.5 for m in ("6", "4", "2"))
     healed = common.load("on/checkpoint.pt", "cpu")[0]
-    assert healed.new_cache(1, 1).nbytes == transmla.build(c, weights).new_cache(1, 1).nbytes
+    assert healed.new_cache(1, 1).nbytes == old.new_cache(1, 1).nbytes
     assert all(block.attention.W_UK.weight.abs().min() > 0 for block in healed.blocks), "training found no way in"
 
+    main_of(transmla, monkeypatch, folder, "--text", text, "--device", "cpu", "--d-R", 4, "--d-c", "16,8")
+    assert "| our mla, d_c 8, d_R 4 | 6 | 48 |" in capsys.readouterr().out
     hf_model("Qwen2").save_pretrained("no_text")
     main_of(transmla, monkeypatch, "no_text", "--device", "cpu")
     assert "| our mla, d_c 12, d_R 12 | 6 | 96 | no tokenizer" in capsys.readouterr().out
+
+
+def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
+    """A token alone is mapped linearly. GQA's map goes through its values, half a row of 32: rank n_kv·d_h at most. MLA
+    may give nearly all of the row to c_KV: rank d_c."""
+    for name, d_c, d_R, rank in ("gqa", 1, 2, 16), ("mla", 28, 4, 28):
+        c = matmla.Config(attention=name, d=40, n_h=6, n_kv=2, d_h=8, d_c=d_c, d_cq=0, d_R=d_R)
+        attention = matmla.ATTENTION[name](c)
+        attention.norm_KV = torch.nn.Identity()
+        assert attention.numbers(6) == 32
+        assert torch.linalg.matrix_rank(attention(torch.eye(40)[:, None])[:, 0], rtol=1e-5) == rank
