@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import Parser, evaluate, load, perplexity, pick_device    # the first of ours: it decides which file is matmla
+from common import Parser, evaluate, load, perplexity, pick_device    # first of ours
 from data import documents
 
 
@@ -66,7 +66,7 @@ def draw_losses(runs, path):
 
 
 def draw_perplexities(rows, path):
-    """Draw the held-out perplexity of rows (name, bytes that a token leaves in the cache, {m: loss}) against the bytes."""
+    """Draw the held-out perplexity of rows (name, cache bytes per token, {m: loss}) against the bytes."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, sizes = figure.subplots(), sorted({size for _, size, _ in rows})
     for i, (name, size, losses) in enumerate(rows):
@@ -93,7 +93,8 @@ def text_loss(run, text, device):
 
 def report(runs, out, text=None, device=None):
     """Print the table of finished runs, and draw their figures. ValueError for two runs of one name or seed."""
-    runs, finals, rows, points = [run.resolve() for run in runs], {}, {}, []    # resolved, `.` too has a name
+    runs, finals, rows = [run.resolve() for run in runs], {}, {}            # resolved, `.` too has a name
+    table, points = [], []
     for run in runs:
         if run.name in finals:
             raise ValueError(f"two runs are named {run.name}; rename the folder of one")
@@ -119,3 +120,28 @@ def report(runs, out, text=None, device=None):
             if text:
                 mean = np.mean([final["text_loss"][int(m)] for final in seeds])
                 cells[f"perplexity of {Path(text).name}"] = f"{perplexity(mean):.3f}"
+            table.append(cells)
+        points.append((name, seeds[0]["cache_bytes"], means))
+    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for cells in table:
+        print("| " + " | ".join(cells.values()) + " |")
+    if len(runs) == 1:
+        return draw_losses(runs, runs[0] / "loss.png")
+    out.mkdir(parents=True, exist_ok=True)
+    draw_perplexities(points, out / "report.png")
+    draw_losses(runs, out / "curves.png")
+    (out / "report.json").write_text(json.dumps(finals, indent=1) + "\n")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--text", help="also their perplexity on this text, a .txt, .jsonl or .parquet file")
+    parser.add_argument("--out", default=Path("out"), type=Path, help="folder for what several runs are drawn in")
+    parser.add_argument("--device", default="auto", help="for --text: cuda, mps or cpu; auto takes the first there")
+    args = parser.parse_args()
+    parser.attempt(lambda: report(args.runs, args.out, args.text, pick_device(args.device)))
+
+
+if __name__ == "__main__":
+    main()

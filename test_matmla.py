@@ -22,7 +22,8 @@ import matmla
 from tests.grading import FAR, REFERENCE, WRONG, difference, edited, graft, load, obstacle
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
-VARIANTS, NESTED, LATENT = list(matmla.ATTENTION), ["nested_mha", "matmla"], ["mla", "matmla"]
+VARIANTS = "mha", "nested_mha", "gqa", "mla", "matmla"
+NESTED, LATENT = ["nested_mha", "matmla"], ["mla", "matmla"]
 TIGHT = 1e-10    # float64: rounding only
 LOOSE = 1e-5     # float32
 

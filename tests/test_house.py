@@ -5,16 +5,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 MOST_LINES = {
-    "matmla.py": 440, "common.py": 160, "pretrained.py": 190, "decode.py": 190, "data.py": 170, "train.py": 400, "report.py": 170,
-    "sample.py": 110, "bench_cache.py": 331, "transmla.py": 360, "export.py": 120, "walkthrough.py": 160,
-    "exercises.py": 150, "test_matmla.py": 650, "README.md": 260,
+    "matmla.py": 440, "common.py": 160, "pretrained.py": 130, "decode.py": 190, "data.py": 170, "train.py": 330,
+    "report.py": 150, "sample.py": 110, "bench_cache.py": 280, "transmla.py": 345, "export.py": 120,
+    "walkthrough.py": 160, "exercises.py": 135, "test_matmla.py": 650, "README.md": 260,
 }
 MAY_IMPORT = {
     "matmla": "", "pretrained": "matmla", "decode": "matmla", "exercises": "", "walkthrough": "matmla",
-    "data": "matmla pretrained", "common": "matmla pretrained data",
-    "train": "common matmla pretrained data", "report": "common matmla data train", "export": "common matmla pretrained train",
-    "sample": "common matmla pretrained data train decode", "bench_cache": "common matmla pretrained data train decode",
-    "transmla": "common matmla pretrained data train",
+    "data": "pretrained", "common": "matmla pretrained data",
+    "train": "common matmla data", "report": "common data", "sample": "common data decode",
+    "bench_cache": "common matmla data train decode", "transmla": "common matmla pretrained data",
+    "export": "common matmla",
 }
 
 
@@ -25,14 +25,14 @@ def lines(path):
 def test_every_file_is_at_most_as_long_as_it_may_be():
     sizes = {name: len(lines(HERE / name)) for name in MOST_LINES if (HERE / name).exists()}
     assert not {name: size for name, size in sizes.items() if size > MOST_LINES[name]}
-    assert sum(size for name, size in sizes.items() if name not in ("test_matmla.py", "README.md")) <= 2760
-    assert sum(len(lines(path)) for path in (HERE / "tests").glob("*.py")) <= 2000
+    assert sum(size for name, size in sizes.items() if name not in ("test_matmla.py", "README.md")) <= 2700
+    assert sum(len(lines(path)) for path in (HERE / "tests").glob("*.py")) <= 1740
     assert {path.name for path in HERE.glob("*.py")} - {"conftest.py", "my_matmla.py"} <= set(MOST_LINES)
 
 
 def test_no_line_is_longer_than_120_characters_and_in_matmla_110():
     for path in [*HERE.glob("*.py"), *(HERE / "tests").glob("*.py")]:
-        most = 110 if path.name == "matmla.py" else 130
+        most = 110 if path.name == "matmla.py" else 120
         long = [number for number, line in enumerate(lines(path), 1) if len(line) > most]
         assert not long, f"{path.name}: lines {long}"
 
@@ -50,4 +50,4 @@ def test_an_attention_fits_one_screen():
     tree = ast.parse((HERE / "matmla.py").read_text("utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in ("MHA", "NestedMHA", "GQA", "Latent", "MLA", "MatMLA"):
-            assert node.end_lineno - node.lineno < 50, node.name
+            assert node.end_lineno - node.lineno < 45, node.name

@@ -22,7 +22,7 @@ def baseline(trained):    # noqa: F811
 def test_one_run_has_a_row_for_each_budget_and_a_figure(trained, monkeypatch, capsys):    # noqa: F811
     out = trained[0] / "out"
     report.report([out], trained[0] / "unused")
-    printed, final = capsys.readouterr().out, report.read_final(out)
+    printed, final = capsys.readouterr().out, report.read_log(out)[-1]["final"]
     for m, loss in final["val_loss"].items():
         assert f"| out | matmla, mixed 1:1:1 | {m} | {final['parameters']:,} | 864 |" in printed
         assert f"| {final['cache_bytes']} | {loss:.4f} | {math.exp(loss):.3f} |" in printed
