@@ -6,8 +6,7 @@ What a token costs in the cache of every variant, by the formula and in real ten
     python bench_cache.py --preset deepseek-v3     published models, sizes only
     python bench_cache.py --switch out             a trained model's perplexity when the budget changes after a prefix
 
-The last line of output is the same as one JSON object. The first two draw cache_row.png, what a token leaves, to scale,
-and on a GPU bench_cache.png, size and speed against context; both go to the folder --out.
+The last line of output is the same as one JSON object. The first two draw cache_row.png in --out: what a token leaves.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
-from common import Parser, load, load_checkpoint, make_config, perplexity, pick_device    # the first of ours
+from common import Parser, load, load_checkpoint, make_config, perplexity, pick_device, print_row    # the first of ours
 from data import prepare, read_tokens, windows
 from decode import attend_one, fast, record
 from matmla import ATTENTION, GPT, Config
@@ -36,15 +35,6 @@ SHAPES = {    # batch, tokens in the cache
     "cpu": [(1, 256), (1, 1024), (8, 1024)],
     "cuda": [(1, 1024), (1, 16384), (16, 1024), (16, 4096), (16, 16384), (64, 8192)],
 }
-
-
-def print_row(row, head=False):
-    """A dict as a row of a Markdown table; with the table's head, its keys, if it is the first."""
-    if head:
-        print("\n| " + " | ".join(map(str, row)) + " |\n" + "|---" * len(row) + "|")
-    formats = {float: ",.3f", int: ","}
-    cells = ["" if x is None else format(x, formats.get(type(x), "")) for x in row.values()]
-    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def formula(c, m):
@@ -185,27 +175,6 @@ def draw_rows(c, path):
     axes.figure.savefig(path, dpi=150)
 
 
-def draw(size_rows, speed_rows, path):
-    """Cache size and decoding speed against context."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lengths = 2 ** np.arange(8, 18)
-    for i, r in enumerate(size_rows):                               # each thinner, to show where they coincide
-        left.plot(lengths, r["measured"] * lengths / 2**20, linewidth=8 - i, label=f"{r['variant']} {r['layout']}")
-    left.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="MiB per sequence, bfloat16")
-    lines = {}
-    for r in speed_rows:
-        if r["batch"] == 16:
-            line = lines.setdefault(f"{r['variant']}, {r['heads']} heads {r['reader']}", {})
-            line[r["length"]] = r["tokens/s"]
-    for label, line in lines.items():
-        right.plot(line.keys(), line.values(), "o-", label=label)
-    right.set(xscale="log", xlabel="tokens in the cache", ylabel="tokens per second, batch 16", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-
-
 @torch.no_grad()
 def switching(run, device, count=128):
     """{a: {b: perplexity}} of a run: of held-out text at budget b after a prefix, half a context, that budget a wrote.
@@ -257,8 +226,6 @@ def bench(args):
         draw_rows(config, args.out / "cache_row.png")
         if args.preset == "tiny" or device.type == "cuda":
             result["speeds"] = speeds(config, device)
-        if device.type == "cuda":
-            draw(result["sizes"], result["speeds"], args.out / "bench_cache.png")
     print("\n" + json.dumps(result))
 
 
@@ -267,7 +234,7 @@ def main():
     parser.add_argument("--preset", default="tiny", choices=[*PRESETS, "deepseek-v3"], help="sizes of the model")
     parser.add_argument("--switch", type=Path, nargs="+", metavar="RUN", help="measure these runs of train.py instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figures")
+    parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figure")
     parser.attempt(bench, parser.parse_args())
 
 

@@ -96,6 +96,15 @@ def perplexity(loss):
     return math.exp(min(loss, 700))                                         # beyond, a float overflows
 
 
+def print_row(row, head=False):
+    """A dict as a row of a Markdown table; with the table's head, its keys, if it is the first."""
+    if head:
+        print("\n| " + " | ".join(map(str, row)) + " |\n" + "|---" * len(row) + "|")
+    formats = {float: ",.3f", int: ","}
+    cells = ["" if x is None else format(x, formats.get(type(x), "")) for x in row.values()]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def save(path, **content):
     """Write a checkpoint (config, settings, encoding, step, model, optimizers, log), its log as metrics.jsonl beside.
     Each file is the old one or the new one, never half of it, also on a full disk: that is an OSError."""

@@ -1,10 +1,10 @@
 """
 Compare finished runs of train.py: a Markdown table, and figures of their losses.
 
-    python report.py out                       one run: its table; loss.png goes to its folder
+    python report.py out                       one run: its table; curves.png goes to its folder
     python report.py out/mat.0 out/mat.1 out/mla8 --text FILE --out out/report
 
-Of several runs, report.png (perplexity against the size of the cache), curves.png (losses against steps) and
+Of several runs, curves.png (losses against steps), report.png (perplexity against the size of the cache) and
 report.json go to --out. Runs named after their seeds, like mla.0 and mla.1, share a row, with their mean loss.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import Parser, evaluate, load, perplexity, pick_device    # first of ours
+from common import Parser, evaluate, load, perplexity, pick_device, print_row    # first of ours
 from data import documents
 
 
@@ -38,30 +38,20 @@ def curves(run):
 
 
 def draw_losses(runs, path):
-    """Draw the losses of runs against steps; of several also, at the right, how far the others are behind the first."""
-    figure = Figure(figsize=(8, 4) if len(runs) == 1 else (15, 4), layout="constrained")
-    axes = figure.subplots(1, min(2, len(runs)), squeeze=False)[0]
-    found = [curves(run) for run in runs]
-    batches, held_out = list(found[0].values())[:2]                         # of the first run, at all its heads
-    late = []                                                               # the losses after a fifth of the steps
-    for run, lines in zip(runs, found):
-        for i, (name, losses) in enumerate(lines.items()):
-            late += [loss for step, loss in losses.items() if step >= max(losses) / 5]
-            width = max(1, 5 - len(axes[0].lines))                          # each thinner, to show where they coincide
-            style = {"linewidth": width} if i else {"linewidth": 1, "color": "0.7"}
-            line, = axes[0].plot(losses.keys(), losses.values(), label=f"{run.name}: {name}", **style)
-            if run is not runs[0]:
-                first = held_out if i else batches
-                shared = sorted(losses.keys() & first.keys())
-                behind = [losses[step] - first[step] for step in shared]
-                axes[1].plot(shared, behind, color=line.get_color(), linewidth=line.get_linewidth())
-    axes[0].set(xlabel="step", ylabel="loss (nats per token)")
-    if len(runs) > 1:
-        axes[0].set_ylim(min(late) - 0.05, max(late))                       # the first losses would hide the others
-        axes[1].axhline(0, color="black", linewidth=1)
-        axes[1].set(xlabel="step", ylabel="difference (nats per token)",
-                    title=f"loss minus the loss of {runs[0].name} (above 0: worse than {runs[0].name})")
-    figure.legend(handles=axes[0].lines, loc="outside right upper")
+    """Draw the losses of runs against steps, and how far they are behind those of the first run at all its heads."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    batches, held_out = list(curves(runs[0]).values())[:2]
+    for run in runs:
+        for name, losses in curves(run).items():
+            first, style = (batches, {"linewidth": 0.5}) if name == "batches" else (held_out, {"marker": "."})
+            left.plot(losses.keys(), losses.values(), label=f"{run.name}: {name}", **style)
+            behind = {step: losses[step] - first[step] for step in losses if step in first}
+            right.plot(behind.keys(), behind.values(), **style)
+    final = [line.get_ydata()[-1] for line in left.lines]
+    left.set(xlabel="step", ylabel="loss (nats per token)", ylim=(min(final) - 0.1, max(final) + 1))
+    right.set(xlabel="step", ylabel=f"loss minus that of {runs[0].name} (below 0: better)")
+    figure.legend(handles=left.lines, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
@@ -93,8 +83,7 @@ def text_loss(run, text, device):
 
 def report(runs, out, text=None, device=None):
     """Print the table of finished runs, and draw their figures. ValueError for two runs of one name or seed."""
-    runs, finals, rows = [run.resolve() for run in runs], {}, {}            # resolved, `.` too has a name
-    table, points = [], []
+    runs, finals, rows, points = [run.resolve() for run in runs], {}, {}, []    # resolved, `.` too has a name
     for run in runs:
         if run.name in finals:
             raise ValueError(f"two runs are named {run.name}; rename the folder of one")
@@ -106,30 +95,26 @@ def report(runs, out, text=None, device=None):
         if final["seed"] in row:
             raise ValueError(f"two runs named {name} have seed {final['seed']}; rename the folder of one")
         row[final["seed"]] = final
-    for (name, variant, *_), row in rows.items():
-        seeds, means = list(row.values()), {}
-        for m in seeds[0]["val_loss"]:
-            losses = [final["val_loss"][m] for final in seeds]
+    for (name, variant, parameters, tokens, *budgets), row in rows.items():
+        one, means = next(iter(row.values())), {}
+        for m in budgets:
+            losses = [final["val_loss"][m] for final in row.values()]
             means[m] = np.mean(losses)
-            cells = {
-                "run": name, "variant": variant, "heads": m, "parameters": f"{seeds[0]['parameters']:,}",
-                "tokens": f"{seeds[0]['tokens']:,}", "training FLOPs": f"{seeds[0]['flops']:.3g}",
-                "seconds": f"{seeds[0]['seconds']:,.0f}", "cache, bytes per token": f"{seeds[0]['cache_bytes']:,}",
-                "held-out loss": f"{means[m]:.4f}" + f" ± {np.ptp(losses) / 2:.4f}" * (len(seeds) > 1),
-                "perplexity": f"{perplexity(means[m]):.3f}"}
+            cells = {"run": name, "variant": variant, "heads": m, "parameters": parameters, "tokens": tokens,
+                     "training FLOPs": f"{one['flops']:.3g}", "seconds": round(one["seconds"]),
+                     "cache, bytes per token": one["cache_bytes"],
+                     "held-out loss": f"{means[m]:.4f}" + f" ± {np.ptp(losses) / 2:.4f}" * (len(row) > 1),
+                     "perplexity": perplexity(means[m])}
             if text:
-                mean = np.mean([final["text_loss"][int(m)] for final in seeds])
-                cells[f"perplexity of {Path(text).name}"] = f"{perplexity(mean):.3f}"
-            table.append(cells)
-        points.append((name, seeds[0]["cache_bytes"], means))
-    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
-    for cells in table:
-        print("| " + " | ".join(cells.values()) + " |")
+                mean = np.mean([final["text_loss"][int(m)] for final in row.values()])
+                cells[f"perplexity of {Path(text).name}"] = perplexity(mean)
+            print_row(cells, head=not points and m == budgets[0])
+        points.append((name, one["cache_bytes"], means))
     if len(runs) == 1:
-        return draw_losses(runs, runs[0] / "loss.png")
+        return draw_losses(runs, runs[0] / "curves.png")
     out.mkdir(parents=True, exist_ok=True)
-    draw_perplexities(points, out / "report.png")
     draw_losses(runs, out / "curves.png")
+    draw_perplexities(points, out / "report.png")
     (out / "report.json").write_text(json.dumps(finals, indent=1) + "\n")
 
 

@@ -4,7 +4,7 @@ Continue a prompt with a trained model at any head budget.
     python sample.py --heads 4 --prompt "class Tree:"
     python sample.py --heads 12:64,4:*       the budget changes while generating: 64 tokens at 12 heads, the rest at 4
     python sample.py --compare               the same prompt at every budget, with tokens/s and the size of the cache
-    cat story.txt | python sample.py --prompt-file -
+    python sample.py --prompt "$(cat story.txt)"
 """
 
 import codecs
@@ -37,16 +37,6 @@ def schedule(text, n):
     return budgets
 
 
-def read_prompt(args):
-    """The text to continue. ValueError if it is not UTF-8."""
-    try:
-        if args.prompt_file is None:
-            return args.prompt.encode().decode()                    # fails for bytes that the terminal could not decode
-        return (sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()).decode()
-    except UnicodeError as error:
-        raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
-
-
 def write(text):
     """To the screen as it comes, as UTF-8 also where the terminal would rather not."""
     sys.stdout.buffer.write(text.encode())
@@ -54,7 +44,7 @@ def write(text):
 
 
 def sample(args):
-    device, text = pick_device(args.device), read_prompt(args)
+    device, text = pick_device(args.device), args.prompt.encode().decode()    # ValueError if it is not UTF-8
     model, encoding = load(args.checkpoint, device)
     if device.type == "cuda":
         fast(model.bfloat16())                                      # in bfloat16, half the bytes are read per token
@@ -90,9 +80,7 @@ def main():
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--heads", default="", help="1 to all (the default), or a schedule heads:tokens, * for the rest")
     one.add_argument("--compare", action="store_true", help="once at each budget the model was trained for")
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument("--prompt", default="import ", help="text to continue")
-    one.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
+    add("--prompt", default="import ", help="text to continue")
     add("--tokens", default=400, type=positive, help="how many new tokens")
     add("--samples", default=1, type=positive, help="how many texts, in one batch")
     add("--temperature", default=0.8, type=float, help="0 always takes the most likely token")

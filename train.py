@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +222,7 @@ def train(args):
     device, path, start, master = pick_device(args.device), args.out / "checkpoint.pt", args.start, rank == 0
     cuda = device.type == "cuda"
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))    # preparing data takes long
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else device
     if cuda:
         torch.cuda.set_device(device)

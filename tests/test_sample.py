@@ -37,8 +37,7 @@ def test_sample_writes_the_models_own_generation_at_budgets_and_schedules(run):
         tokens = run.model.generate(torch.tensor([list(prompt)]), 50, heads, temperature=0)[0]
         texts.append(get_encoding("bytes").decode(tokens.tolist()))
     assert len(set(texts)) == 4                                     # else it would not matter which one is written
-    Path("prompt.txt").write_bytes(prompt)
-    assert run(sample, greedy + "--prompt-file prompt.txt") == texts[0] + "\n"
+    assert run(sample, greedy + "--prompt defé") == texts[0] + "\n"
     assert run(sample, greedy + "--prompt defé --heads 4") == texts[2] + "\n"
     assert run(sample, greedy + "--prompt defé --heads 12:10,4:* --samples 2") == f"{texts[3]}\n---\n{texts[3]}\n"
     compared = run(sample, greedy + "--prompt defé --compare")
@@ -58,7 +57,7 @@ def test_a_token_takes_the_bytes_that_the_papers_say(run):
         assert [row["measured"] for row in rows] == numbers[preset]
 
 
-def test_every_variant_is_timed_beside_mha_and_drawn(run, monkeypatch):
+def test_every_variant_is_timed_beside_mha(run, monkeypatch):
     times = iter(range(1, 99))
     monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
     monkeypatch.setattr(bench_cache, "seconds", lambda call, device: len(call()) and next(times))
@@ -66,8 +65,7 @@ def test_every_variant_is_timed_beside_mha_and_drawn(run, monkeypatch):
     assert [tuple(row.values())[2:] for row in result["speeds"]] == [
         ("mha", "", 12, 1, 1), ("gqa", "", 12, 3, 2), ("nested_mha", "full", 4, 5, 3), ("matmla", "naive", 12, 7, None),
         ("matmla", "absorbed", 12, 8, 4.5), ("matmla", "absorbed", 8, 10, 5.5), ("matmla", "absorbed", 4, 12, 6.5)]
-    rows = [row | {"batch": 16, "tokens/s": 100.0} for row in result["speeds"]]    # as a GPU has them
-    bench_cache.draw(result["sizes"], rows, "out/bench_cache.png")
+    assert Path("out/cache_row.png").stat().st_size > 10000
 
 
 @torch.no_grad()
@@ -82,6 +80,6 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(run):
 
 @pytest.mark.parametrize("mistake, words", [
     ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400", ":*"]), ("--heads 4:*,2:3", ["4:*,2:3"]),
-    ("--prompt=", ["0 tokens"]), ("--prompt a\udcff", ["UTF-8", "udcff"])])
+    ("--prompt=", ["0 tokens"]), ("--prompt a\udcff", ["utf-8", "udcff"])])
 def test_mistakes_are_one_line_and_status_2(mistake, words, run, monkeypatch, capsys):
     refuses(words, sample, monkeypatch, capsys, *mistake.split())
