@@ -29,6 +29,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 import transformers
+from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 
 from common import Parser, check_budgets, integers, perplexity, pick_device, positive, save    # the first of ours
 import matmla
@@ -41,14 +42,14 @@ OURS = {    # transformers' names
     "input_layernorm": "norm_attention", "post_attention_layernorm": "norm_feed_forward",
     "self_attn.q_proj": "attention.W_Q", "self_attn.k_proj": "attention.W_K", "self_attn.v_proj": "attention.W_V",
     "self_attn.o_proj": "attention.W_O", "mlp.gate_proj": "W_gate", "mlp.up_proj": "W_up", "mlp.down_proj": "W_down"}
-TOKENIZERS = "pieces.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json"
+TOKENIZERS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json"
 
 
 def rename(name):
     return re.sub("|".join(OURS), lambda found: OURS[found[0]], name)
 
 
-def obstacles(c, reader):
+def obstacles(c, reader=None):
     """What a config of transformers, or the .gguf file it comes from, asks for that GPT does not have, by name."""
     with torch.device("meta"):
         names = [name for name, _ in transformers.AutoModelForCausalLM.from_config(c).named_parameters()]
@@ -68,8 +69,7 @@ def obstacles(c, reader):
     if found or not reader:
         return found
 
-    from gguf import MODEL_ARCH, get_tensor_name_map                    # what transformers leaves in the file
-    family = reader.fields["general.architecture"].contents()
+    family = reader.fields["general.architecture"].contents()           # what transformers leaves in the file
     taken = transformers.integrations.GGUF_CONFIG_MAPPING[family]
     d_h = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     idle = {"attention.key_length": d_h, "attention.value_length": d_h, "rope.dimension_count": d_h}
@@ -84,27 +84,27 @@ def obstacles(c, reader):
 
 def read_pretrained(name):
     """(transformers' model in float32, its tokenizer or None as in a checkpoint). ValueError if it cannot be ours."""
-    path, what, reader, encoding = Path(name), name, None, None
+    path, step, reader = Path(name), "config", None
     where = {"pretrained_model_name_or_path": name, "trust_remote_code": False}    # its weights, not its code
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # our own line says it
     try:
         if path.suffix == ".gguf":
-            from gguf import GGUFReader                                 # needed only here
             reader = GGUFReader(path)
             where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         c = transformers.AutoConfig.from_pretrained(**where)
         found = obstacles(c, reader)
         if not found:
-            what = f"the tokenizer of {name}"
+            step = "tokenizer"
             encoding = read_tokenizer(name, where, c, reader)
-            what, where["dtype"] = name, torch.float32
+            step, where["dtype"] = "weights", torch.float32
             model, info = transformers.AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True)
             found = [f"a model without {key}" for key in sorted(info["missing_keys"])]
             found += [f"a weight {key} more" for key in sorted(info["unexpected_keys"])]
     except Exception as error:                                          # whatever is wrong with the files of others
-        raise ValueError(f"cannot use {what} ({type(error).__name__}: {str(error).strip()[:300]})") from None
+        reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        raise ValueError(f"cannot use the {step} of {name} ({reason})") from None
     if found:
         raise ValueError(f"cannot convert {name}, not supported: {', '.join(found[:3])}")
     return model.eval(), encoding
@@ -113,16 +113,15 @@ def read_pretrained(name):
 def read_tokenizer(name, where, c, reader):
     """What get_encoding takes for the model's own tokenizer; None if there is none. It raises what a library raises."""
     pieces, has_file = Path(name, "pieces.json"), transformers.utils.has_file
-    there = "tokenizer.ggml.tokens" in reader.fields if reader else any(has_file(name, file) for file in TOKENIZERS)
-    if not there:
-        return None
-    if pieces.exists():
-        content, end = from_pieces(pieces, c.bos_token_id), None
-    else:
+    if reader or any(has_file(name, file) for file in TOKENIZERS):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         if not tokenizer.is_fast or not tokenizer.encode("a", add_special_tokens=False):
             raise ValueError(f"{type(tokenizer).__name__} has no fast form, or no vocabulary")
         content, end = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    elif pieces.exists():
+        content, end = from_pieces(pieces, c.bos_token_id), None
+    else:
+        return None
     content, end = json.loads(content), c.eos_token_id if end is None else end
     content["added_tokens"] = [token for token in content["added_tokens"]    # special ones that it has no vector for
                                if token["id"] < c.vocab_size or not token["special"]]

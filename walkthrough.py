@@ -13,20 +13,20 @@ import torch
 
 from matmla import ATTENTION, Cache, Config, rope
 
-SIZES = dict(d=2, n_h=2, n_kv=1, d_h=2, d_c=2, d_cq=0, d_R=2)
+same = torch.allclose
 W_Q, W_K, W_V = [[0, 1], [1, 0], [1, -1], [0, 1]], [[1, 0], [1, 1], [2, 0], [0, -1]], [[1, 1], [0, 2], [0, 1], [1, 0]]
 WEIGHTS = {    # two rows are head 1, the next two head 2
     "W_Q": W_Q, "W_K": W_K, "W_V": W_V,         # of x
     "W_UQ": W_Q, "W_UK": W_K, "W_UV": W_V,      # the same numbers, but W_UK and W_UV are of c
-    "W_QR": [[0, 1], [-1, 1], [-1, 1], [0, 0]],
-    "W_KR": [[1, 0], [0, 1]], "W_DKV": [[2, 3], [2, -3]],
+    "W_QR": [[0, 1], [-1, 1], [-1, 1], [0, 0]], "W_KR": [[1, 0], [0, 1]], "W_DKV": [[2, 3], [2, -3]],
     "W_O": [[1, 0, 1, 0], [0, 1, 0, 1]],        # y = o_1 + o_2
 }
 
 
-def by_hand(name, **sizes):
+def by_hand(name, n_h=2):
     """An attention of matmla.py with these weights; if it has fewer heads or keys, the first of them."""
-    attention = ATTENTION[name](Config(attention=name, **SIZES | sizes)).double().requires_grad_(False)
+    c = Config(attention=name, d=2, n_h=n_h, n_kv=1, d_h=2, d_c=2, d_cq=0, d_R=2)
+    attention = ATTENTION[name](c).double().requires_grad_(False)
     for part, module in attention.named_children():
         if part in WEIGHTS:
             rows, columns = module.weight.shape
@@ -39,17 +39,13 @@ def turn(u, angles):
     return rope(u[None, :, None], angles, 1.0)[0, :, 0]
 
 
-def same(a, b, rounding=1e-12):
-    return torch.allclose(a, b, rtol=0, atol=rounding)
-
-
 def text(v):
     """A number, (a vector) or [a matrix; row by row], with at most two decimals."""
     if v.dim() == 2:
         return "[" + "; ".join(" ".join(map(text, row)) for row in v) + "]"
     if v.dim() == 1:
         return "(" + ", ".join(map(text, v)) + ")"
-    return f"{round(v.item(), 2) + 0:.2f}".rstrip("0").rstrip(".")          # + 0: no -0
+    return f"{round(v.item(), 2) + 0:g}"                                    # + 0: no -0
 
 
 def table(columns):
@@ -78,10 +74,10 @@ def walk():
         ("MLA", "mla", 2, 12, "c k_R"),
         ("MatMLA", "matmla", 2, 12, "c k_R"),
     ):
-        attention, default = by_hand(name), ATTENTION[name](Config(attention=name))
-        rows = written[label] = attention.write(x[None], angles, m)[0]                      # [token, numbers]
+        rows = written[label] = by_hand(name).write(x[None], angles, m)[0]                  # [token, numbers]
         row = "  ".join(f"{part} {text(v)}" for part, v in zip(parts.split(), rows[1].view(-1, 2)))
-        print(f"    {label:<20}{row:<48}{rows.shape[1]:<9}{default.numbers(default_m)}, {default_m} heads")
+        default = ATTENTION[name](Config(attention=name)).numbers(default_m)
+        print(f"    {label:<20}{row:<48}{rows.shape[1]:<9}{default}, {default_m} heads")
     assert same(written["nested MHA, full"], written["MHA"]) and same(written["MatMLA"], written["MLA"])
     assert same(written["nested MHA, ragged"], written["MHA"][:, :4])
 
@@ -91,13 +87,12 @@ def walk():
     long = mla.W_DKV(x)
     root = long.square().mean(1).sqrt()
     table({"x": x, "W_DKV x": long, "root": root, "c": c})
-    assert same(c, long / root[:, None], rounding=1e-6)                                     # the norm has an eps
+    assert same(c, long / root[:, None])
 
     print("\n3. Expand: each head makes its own key k = W_UK c and value v = W_UV c out of it, with")
-    weights = mla.W_UQ, mla.W_UK, mla.W_UV, mla.W_QR
-    W_UQ, W_UK, W_UV, W_QR = (W.weight.view(2, 2, 2) for W in weights)                      # [head, row, column]
-    for h in 0, 1:
-        print(f"   W_UK = {text(W_UK[h])} and W_UV = {text(W_UV[h])} in head {h + 1}{'.' if h else ','}")
+    W_UQ, W_UK, W_UV = (W.weight.view(2, 2, 2) for W in (mla.W_UQ, mla.W_UK, mla.W_UV))     # [head, row, column]
+    for h, end in enumerate(",."):
+        print(f"   W_UK = {text(W_UK[h])} and W_UV = {text(W_UV[h])} in head {h + 1}{end}")
     k, v = c @ W_UK.mT, c @ W_UV.mT                                                         # [head, token, 2]
     table({"c": c, "k of head 1": k[0], "v of head 1": v[0], "k of head 2": k[1], "v of head 2": v[1]})
 
@@ -116,12 +111,12 @@ def walk():
     needed = turn(q[0].expand(3, 2), angles[2] - angles) @ W_UK[0]
     table({"s": torch.arange(3), "score": turned, "to carry": needed, "score with it": (needed * c).sum(1),
            f"with {text(carried[0])}": absorbed[0], "off by": (absorbed[0] - turned).abs()})
-    assert same((needed * c).sum(1), turned) and not same(absorbed[0], turned, rounding=1)
+    assert same((needed * c).sum(1), turned) and not same(absorbed[0], turned)
 
     print("\n6. Decouple RoPE: position gets a key of its own, cached beside c, and the two scores are added.")
     q_R = turn(mla.W_QR(x[2]).view(2, 2), angles[[2, 2]])                                   # [head, 2]
     print(f"   k_R = R(s) W_KR x and q_R = R(2) W_QR x = {text(q_R[0])}, with W_KR = {text(mla.W_KR.weight)} "
-          f"and W_QR = {text(W_QR[0])}.\n   The scale is 1/√(d_h + d_R) = 1/2.")
+          f"and W_QR = {text(mla.W_QR.weight[:2])}.\n   The scale is 1/√(d_h + d_R) = 1/2.")
     s, s_absorbed = ((score + q_R @ k_R.T) / 2 for score in (naive, absorbed))
     p = s_absorbed.softmax(1)
     table({"q·k, step 4": naive[0], "k_R": k_R, "q_R·k_R": k_R @ q_R[0], "sum / 2": s[0], "absorbed": s_absorbed[0],
@@ -137,11 +132,11 @@ def walk():
     assert same(y, o[0] + o[1]) and same(y, mla.read_absorbed(*asked, 2)[0, 0])
 
     print("\n7. MatMLA: no head wrote these rows, so any number of heads may read them. Token 2 reads them again:\n")
-    y = [matmla.read(*asked, m)[0, 0] for m in (1, 2)]
-    print(f"    2 heads   y = o_1 + o_2 = {text(y[1])}")
-    print(f"    1 head    y = o_1 = {text(y[0])}, as an MLA with only head 1 would")
-    assert same(*(matmla.write(x[None], angles, m) for m in (1, 2))) and same(y[0], o[0]) and same(y[1], o[0] + o[1])
-    assert same(y[0], by_hand("mla", n_h=1).read(*asked, 1)[0, 0])
+    one, two = (matmla.read(*asked, m)[0, 0] for m in (1, 2))
+    print(f"    2 heads   y = o_1 + o_2 = {text(two)}")
+    print(f"    1 head    y = o_1 = {text(one)}, as an MLA with only head 1 would")
+    assert same(one, o[0]) and same(one, by_hand("mla", n_h=1).read(*asked, 1)[0, 0]) and same(two, y)
+    assert same(*(matmla.write(x[None], angles, m) for m in (1, 2)))
     try:
         by_hand("nested_mha")(x[None, 2:], 2, Cache(written["nested MHA, ragged"][None], heads=1))
         raise AssertionError("2 heads found their keys in rows that 1 head wrote")

@@ -1,37 +1,32 @@
 """Tests of export.py: what transformers opens says what ours says."""
 
 import dataclasses
-import os
 import sys
+from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 import transformers
-from tiktoken import Encoding
-from tiktoken._educational import bpe_train
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
-from transformers.models.llama import modeling_llama as llama
 
 import common    # the first of ours
 import export
 import transmla
 from data import END, get_encoding
 from test_matmla import error, make, some_tokens
+from tests.test_train import main_of, refuses
 
-torch.set_num_threads(1)
 WIDE = dict(vocab_size=300, d=48, context=128, rope_base=500.0)    # for bytes, heads that divide d, 100 new tokens
 CHARACTERS = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
-TEXT = f"It's  we'LL\t\n\n \r\n  x12 5,6..!?  \n {END} e\u0301 👩‍🚀\0 " + CHARACTERS[:0x3000] + CHARACTERS[::97]
+TEXT = f"It's  we'LL\t\n\n \r\n  x12 5 ,6 . !?  \n {END} e\u0301 👩‍🚀\0 " + CHARACTERS[:0x3000] + CHARACTERS[::97]
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"    # GPT-2's
+PIECES = *(bytes([i]) for i in range(256)), b"we", b" we", b"12", b"\n\n", b"  ", "é".encode(), "\u0301".encode()
+WORDS = tiktoken.Encoding("words", pat_str=PATTERN, mergeable_ranks={piece: i for i, piece in enumerate(PIECES)},
+                          special_tokens={END: len(PIECES)})
 
 
-def reopened(model, m, folder):
-    export.to_transformers(model, m).save_pretrained(folder)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
-@pytest.fixture
 def in_float64(monkeypatch):
-    """transformers computes norms and angles in float32, whatever the weights are. Here both are in float64, too."""
+    """transformers computes norms and angles in float32, whatever the weights are. From here on both are in float64."""
     def norm(self, x):
         return self.weight * x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
 
@@ -40,41 +35,29 @@ def in_float64(monkeypatch):
         angle = (position_ids[..., None] * base ** -(torch.arange(0, n, 2).double() / n)).repeat(1, 1, 2)
         return angle.cos(), angle.sin()
 
-    for name, forward in ("RMSNorm", norm), ("RotaryEmbedding", angles):
-        monkeypatch.setattr(getattr(deepseek, "DeepseekV3" + name), "forward", forward)
-        monkeypatch.setattr(getattr(llama, "Llama" + name), "forward", forward)
+    for family in "DeepseekV3", "Llama", "Mistral", "Qwen2":
+        module = sys.modules[getattr(transformers, f"{family}ForCausalLM").__module__]
+        monkeypatch.setattr(getattr(module, f"{family}RMSNorm"), "forward", norm)
+        monkeypatch.setattr(getattr(module, f"{family}RotaryEmbedding"), "forward", angles)
 
 
-CASES = [("mha", 6, {}), ("gqa", 6, dict(norm_eps=1e-3)), ("mla", 6, dict(d_cq=0)), ("nested_mha", 6, {}),
-         ("nested_mha", 4, dict(tie=False)), ("matmla", 3, dict(d_cq=0, tie=False)), ("matmla", 2, dict(norm_eps=1e-3)),
-         *[("matmla", m, {}) for m in range(1, 7)]]
-
-
-@pytest.mark.parametrize("attention, m, sizes", CASES)
-def test_logits_are_ours_in_float64(attention, m, sizes, tmp_path, in_float64):
-    model = make(attention, **WIDE | sizes)
-    theirs = reopened(model, m, tmp_path)
-    assert type(theirs).__name__ == ("DeepseekV3ForCausalLM" if "mla" in attention else "LlamaForCausalLM")
-    assert error(theirs(some_tokens()).logits, model(some_tokens(), heads=m)[0]) < 1e-10
-
-
-@pytest.mark.parametrize("attention, m", [("gqa", 6), ("nested_mha", 3), ("mla", 6), ("matmla", 4)])
-def test_in_float32_logits_differ_by_rounding_and_the_greedy_text_is_the_same(attention, m, tmp_path):
-    model = make(attention, torch.float32, **WIDE)
-    theirs = reopened(model, m, tmp_path)
-    assert error(theirs(some_tokens()).logits, model(some_tokens(), heads=m)[0]) < 2e-6
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-6), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("attention, m, sizes", [
+    ("mha", 6, {}), ("gqa", 6, dict(norm_eps=1e-3)), ("nested_mha", 4, dict(tie=False)), ("mla", 6, dict(d_cq=0)),
+    ("matmla", 3, dict(d_cq=0, tie=False, norm_eps=1e-3)), *[("matmla", m, {}) for m in range(1, 7)]])
+def test_logits_and_100_greedy_tokens_are_ours(attention, m, sizes, dtype, most, tmp_path, monkeypatch):
+    if dtype == torch.float64:
+        in_float64(monkeypatch)
+    model = make(attention, dtype, **WIDE | sizes)
+    export.to_transformers(model, m).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert error(theirs(some_tokens()).logits, model(some_tokens(), heads=m)[0]) < most
     text = theirs.generate(some_tokens(length=20), max_new_tokens=100, do_sample=False)
     assert torch.equal(text, model.generate(some_tokens(length=20), 100, m, temperature=0))
 
 
-@pytest.mark.parametrize("name", ["bytes", "learnt"] + ["gpt2"] * ("TIKTOKEN_CACHE_DIR" in os.environ))
-def test_tokenizer_has_our_ids_for_every_kind_of_character_and_gives_the_text_back(name, tmp_path):
-    if name == "learnt":    # GPT-2's way of cutting text into words, with 400 tokens of this file
-        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-        ranks = bpe_train(open(__file__, encoding="utf-8").read(), 400, pattern, visualise=None)
-        encoding = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: 400})
-    else:
-        encoding = get_encoding(name)
+@pytest.mark.parametrize("encoding", [get_encoding("bytes"), WORDS], ids=["bytes", "words"])
+def test_a_tokenizer_has_our_ids_for_every_kind_of_character_and_gives_the_text_back(encoding, tmp_path):
     export.to_tokenizer(encoding, 10**6).save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = theirs(TEXT)["input_ids"]
@@ -82,39 +65,26 @@ def test_tokenizer_has_our_ids_for_every_kind_of_character_and_gives_the_text_ba
     assert theirs.eos_token_id == encoding.eot_token and theirs.decode([encoding.eot_token]) == END
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run a script in a folder that has this model's checkpoint; return (exit status, what it said)."""
-    def run(module, model, *arguments):
-        common.save(tmp_path / "checkpoint.pt", config=dataclasses.asdict(model.config), settings={}, encoding="bytes",
-                    step=0, model=model.state_dict(), optimizers=[], log=[])
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        try:
-            return module.main() or 0, "".join(capsys.readouterr())
-        except SystemExit as stop:
-            return stop.code, "".join(capsys.readouterr())
-
+def test_an_exported_gqa_comes_back_through_transmla_and_a_mistake_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    return run
-
-
-def test_an_exported_gqa_goes_through_transmla_and_comes_back_with_its_logits_and_tokens(run, tmp_path):
     model = make("gqa", torch.float32, **WIDE)
-    assert run(export, model, "checkpoint.pt", "--out", "new/llama")[0] == 0
-    assert run(transmla, model, "new/llama", "--text", __file__, "--tokens", 100, "--device", "cpu")[0] == 0
-    back, encoding = common.load(tmp_path / "out/transmla/checkpoint.pt", "cpu")
+    common.save(Path("ours.pt"), config=dataclasses.asdict(model.config), settings={}, encoding="bytes", step=0,
+                model=model.state_dict(), optimizers=[], log=[])
+    refuses(["5 heads asked"], export, monkeypatch, capsys, "ours.pt", "--heads", 5, "--out", "new/llama")
+    assert not Path("new").exists()
+    main_of(export, monkeypatch, "ours.pt", "--out", "new/llama")
+    refuses(["new/llama exists"], export, monkeypatch, capsys, "ours.pt", "--out", "new/llama")
+    main_of(transmla, monkeypatch, "new/llama", "--text", __file__, "--tokens", 100, "--device", "cpu")
+    back, encoding = common.load("out/transmla/checkpoint.pt", "cpu")
     assert error(back(some_tokens())[0], model(some_tokens())[0]) < 2e-6
     ids = export.to_tokenizer(encoding, 9)(TEXT)["input_ids"]
     assert ids == encoding.encode_ordinary(TEXT) == get_encoding("bytes").encode_ordinary(TEXT)
     assert transformers.AutoConfig.from_pretrained("new/llama").eos_token_id == encoding.eot_token == 256
 
 
-@pytest.mark.parametrize("attention, arguments, words", [
-    ("matmla", ["--heads", 7], "7 heads asked, but MatMLA has 1 to 6"), ("matmla", ["--heads", 0], "0 is below 1"),
-    ("mla", ["--heads", 4], "4 heads asked"), ("nested_mha", ["--heads", 5], "5 heads do not divide 48"),
-    ("pretrained_mla", [], "pretrained_mla"), ("mla", ["--out", "full"], "full exists")])
-def test_a_mistake_is_one_line_and_writes_nothing(attention, arguments, words, run, tmp_path):
-    (tmp_path / "full/of").mkdir(parents=True)
-    code, said = run(export, make(attention, **WIDE, d_R=10), "checkpoint.pt", *arguments)
-    assert code == 2 and said.count("\n") == 1 and words in said
-    assert {path.name for path in tmp_path.rglob("*")} == {"checkpoint.pt", "metrics.jsonl", "full", "of"}
+@pytest.mark.parametrize("attention, m, words", [
+    ("matmla", 7, "7 heads asked, but MatMLA has 1 to 6"), ("mla", 4, "4 heads asked"),
+    ("nested_mha", 5, "5 heads do not divide 48"), ("pretrained_mla", 6, "cannot export pretrained_mla")])
+def test_what_no_architecture_of_theirs_can_be_is_refused(attention, m, words):
+    with pytest.raises(ValueError, match=words):
+        export.to_transformers(make(attention, **WIDE, d_R=10), m)
