@@ -19,7 +19,7 @@ MatMLA in one file: MHA, nested MHA, GQA, MLA and MatMLA one under the other, to
   rows        -            [B, S, numbers]     what the tokens left, one row of numbers each: the cache
 
 B is the batch, T the tokens given now, S the tokens so far (S = T without a cache). W_D.. lead down to a
-latent, W_U.. up from it. In einsum, b t s h d c are batch, token, token so far, head, head and latent width.
+latent, W_U.. up from it. In einsum, b t s h are batch, token, token so far, head; d c w are widths.
 """
 
 import itertools
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Sizes of the model. The defaults are for a laptop: 0.97M parameters, trained in about two minutes."""
+    """Sizes of the model. The defaults are for a laptop: 0.97M parameters, trained in three minutes."""
 
     attention: str = "matmla"      # one of ATTENTION, below
     vocab_size: int = 257          # bytes, and one token between documents
@@ -67,7 +67,7 @@ def rope(x, positions, base):
 
     x [B, T, h, n], n even; positions [T]. Pairs are neighbours, (x0,x1), (x2,x3), ..., as in [2].
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)             # angles beyond 256 are wrong in bfloat16
+    dtype = torch.promote_types(x.dtype, torch.float32)             # bfloat16 cannot count beyond 256
     i = torch.arange(x.shape[-1] // 2, device=x.device, dtype=dtype)
     angle = positions[:, None, None] * base ** (-2 * i / x.shape[-1])                           # [T,1,n/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -87,7 +87,7 @@ def attend(q, k, v, positions, scale):
         scores = torch.einsum("bthw,bsw->bhts", q, k[:, :, 0]) * scale
         p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bsw->bthw", p, v[:, :, 0])
-    # Else one kernel, which never stores p; is_causal means T = S. On a CPU it is fast if v is as wide as q.
+    # Else one kernel, which never stores p; is_causal means T = S. A CPU has a fast one if v is as wide as q.
     v = F.pad(v, (0, q.shape[-1] - w_v)) if q.device.type == "cpu" else v
     q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), (visible if T < S else None)
     o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
@@ -109,8 +109,8 @@ class Attention(nn.Module):
       read_absorbed                  (MLA) the same result, without ever making keys and values
     """
     nested = False    # True: the first m heads are a working attention by themselves, for every m
-    short = 0         # fewer new tokens T than this are read absorbed: T·2·d_c multiplications per head and
-                      # cached token are then fewer than 2·d_c·d_h for k_C and v_C, and T·2·d_h to read them
+    short = 0         # fewer new tokens T than this are read absorbed: for a head and a cached token, T·2·d_c
+                      # multiplications are fewer than 2·d_c·d_h, to make k_C and v_C, + T·2·d_h, to use them
 
     def __init__(self, c):
         super().__init__()
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         the batch. cache: the Cache of this layer; the T tokens are appended, and see all before them.
         ValueError for heads that there are not, parts that are not equal, or a cache that is too small.
         """
-        most = cache.heads if cache else self.n_h                   # so many leave something in a cache
+        most = cache.heads if cache else self.n_h                   # heads that a row has room for
         budgets = self.check(heads, len(x), most)
         positions = (cache.length if cache else 0) + torch.arange(x.shape[1], device=x.device)
         rows = self.write(x, positions, most if cache else max(budgets))
@@ -208,7 +208,7 @@ class ModelCache(list):
 class NestedMHA(MHA):
     """Nested MHA, the cautionary tale: MHA written *and* read by its first m heads: see where m is in MHA.
 
-    A token written with 4 heads left no k and v for heads 5 to 12 of a later token. Two ways out, both bad:
+    A token written with 4 heads left nothing that a later token's heads 5 to 12 could read. Two bad ways out:
       full    (default)  always compute and store all heads: small budgets save no cache
       ragged  (new_cache(..., heads=m))  store m heads: smaller, but no later budget can exceed m
     """
@@ -242,7 +242,7 @@ class Latent(Attention):
 
     Why RoPE stands aside in k_R, "decoupled": inside k_C it would turn the key of token s, seen from token t,
     by R(s-t). The score would be q_Cᵀ R(s-t) W_UK c_s, and what the query has to carry into the latent,
-    W_UKᵀ R(s-t)ᵀ q_C, another vector for every s: nothing to absorb. (A norm there, QK-norm, likewise.)
+    W_UKᵀ R(t-s) q_C, would differ for every s: nothing to absorb. (A norm of keys, QK-norm, forbids it, too.)
     """
 
     def __init__(self, c):
@@ -391,7 +391,7 @@ class GPT(nn.Module):
         attention = self.blocks[0].attention
         heads = max(attention.check(heads, batch, attention.n_h))
         shape = len(self.blocks), batch, capacity, attention.numbers(heads)
-        heads = heads if isinstance(attention, NestedMHA) else attention.n_h
+        heads = heads if isinstance(attention, NestedMHA) else attention.n_h    # of others, rows fit all
         return ModelCache(Cache(rows, heads) for rows in self.embed.weight.new_zeros(shape))
 
     def step(self, tokens, heads, cache):
@@ -403,7 +403,7 @@ class GPT(nn.Module):
         """Yield n new tokens, each [B], after tokens [B, T]. After the prompt, a step computes one token.
         heads: as in forward, or a list of n such, one per new token (the prompt is read with the first).
         temperature, top_k, top_p: as in `sample`. Of a prompt longer than the context the end counts; when
-        it is full later, its older half is forgotten. ValueError, before any token, for wrong heads.
+        the context is full, its older half is forgotten. ValueError, before any token, for wrong heads.
         """
         budgets, context = heads if isinstance(heads, list) else [heads] * n, self.config.context
         if tokens.shape[1] == 0 or len(budgets) != n:
