@@ -8,7 +8,7 @@ import exercises
 
 
 def asked(config):
-    return re.match(r"exercise\b", config.option.keyword) is not None
+    return re.match(r"exercise\b", config.option.keyword)
 
 
 def pytest_configure(config):
@@ -16,11 +16,10 @@ def pytest_configure(config):
         raise pytest.UsageError(f"nothing to grade: no {exercises.answers().name} (python exercises.py writes one)")
 
 
-def pytest_terminal_summary(terminalreporter):
-    config = terminalreporter.config
-    config.done = sum("::test_exercise[" in report.nodeid for report in terminalreporter.stats.get("passed", ()))
-
-
-def pytest_unconfigure(config):
-    if asked(config) and hasattr(config, "done"):
-        print(f"{config.done} of {len(exercises.EXERCISES)} done")
+@pytest.hookimpl(wrapper=True, tryfirst=True)    # so that it is the last line
+def pytest_sessionfinish(session):
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and asked(session.config):
+        done = sum("::test_exercise[" in report.nodeid for report in reporter.stats.get("passed", ()))
+        reporter.write_line(f"{done} of {len(exercises.EXERCISES)} done")

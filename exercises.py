@@ -83,13 +83,9 @@ def definitions(tree):
     return found
 
 
-def is_docstring(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 def is_blank(function):
     """Whether it still says only: raise NotImplementedError(...)."""
-    body = [node for node in function.body if not is_docstring(node)]
+    body = function.body[1:] if ast.get_docstring(function) else function.body
     return len(body) == 1 and ast.unparse(body[0]).startswith("raise NotImplementedError('exercise ")
 
 
@@ -104,7 +100,7 @@ def blank(text):
     for number, (title, functions) in enumerate(EXERCISES.items(), 1):
         for name, hint in functions.items():
             first = nodes[name].body[0]
-            start = first.end_lineno if is_docstring(first) else first.lineno - 1
+            start = first.end_lineno if ast.get_docstring(nodes[name]) else first.lineno - 1
             todo = textwrap.wrap(hint, 100, initial_indent="# ", subsequent_indent="# ")
             todo.append(f'raise NotImplementedError("exercise {number}: {title}")')
             edits.append((start, nodes[name].end_lineno, [" " * first.col_offset + line for line in todo]))
