@@ -188,7 +188,7 @@ def switching(run, device, count=128):
         raise ValueError(f"{run} was not trained by train.py, so it has no held-out text")
     if not ATTENTION[c.attention].nested:
         raise ValueError(f"{run} is {c.attention}, which has one budget only")
-    folder = prepare(settings["data"], saved["encoding"], settings["tokens"])
+    folder = prepare(settings["data"], saved["encoding"], settings["tokens"], c.vocab_size)
     _, tokens = read_tokens(folder, c.context, c.vocab_size)
     starts = np.linspace(0, len(tokens) - c.context - 1, count).astype(int)
     losses = {a: dict.fromkeys(c.budgets, 0.0) for a in c.budgets}

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import sysconfig
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 END = "<|endoftext|>"    # between documents
+TYPES = np.dtype(np.uint16), np.dtype(np.uint32)    # of tokens on disk: the second for a vocabulary over 2^16
 
 
 def get_encoding(name):
@@ -55,7 +56,7 @@ def text_files(data):
 
 def read(source):
     """The rows of a .jsonl or .parquet file or a data set on the hub, as dicts. Of any other file the text, in strings
-    of about 65,000 characters that end with a line, so that a long one is never held whole."""
+    of 2^16 characters and the rest of their line, so that a long one is never held whole. Only the last is shorter."""
     if isinstance(source, str):
         import datasets                                                 # slow to import
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)    # our own line says it
@@ -71,87 +72,85 @@ def read(source):
             if source.suffix == ".jsonl":
                 yield from (dict(json.loads(line)) for line in file if line.strip())
             else:
-                yield file.read(2**16) + file.readline(2**16)           # an empty file is a document, too
-                yield from iter(lambda: file.read(2**16) + file.readline(2**16), "")
+                while len(part := file.read(2**16)) == 2**16:
+                    yield part + file.readline(2**16)
+                yield part                                              # an empty file is a document, too
 
 
-def documents(data, keyed=False):
-    """The texts of `data`, one by one; a long .txt comes in parts. OSError if they cannot be had.
-    keyed: pairs of a key and a text, where parts of one document have the same key, and no other text has it."""
+def texts(data):
+    """Pairs of a text of `data` and True where a document ends: a long .txt comes in parts. OSError: no such data."""
     for source in text_files(data) or [data]:
         try:
             for number, row in enumerate(read(source)):
                 if isinstance(row, str):
-                    yield (source, row) if keyed else row
+                    yield row, len(row) < 2**16
                 elif not isinstance(row.get("text"), str | None) or number == 0 and "text" not in row:
                     raise ValueError(f"row {number + 1} has no string named 'text', only {', '.join(row)}")
                 elif row.get("text"):                                   # later rows may have none
-                    yield ((source, number), row["text"]) if keyed else row["text"]
+                    yield row["text"], True
         except Exception as error:                                      # whatever is wrong with the data of others
-            cure = "" if isinstance(source, Path) else (": it is no file here, so the Hugging Face hub was asked. "
-                   "Without a network, download its .parquet files elsewhere and pass their folder as --data")
+            cure = "" if isinstance(source, Path) else (
+                ": no file here, so the Hugging Face hub was asked; without a network, --data takes .parquet files")
             raise OSError(f"cannot read {source}{cure} ({type(error).__name__}: {error})") from None
 
 
-def encode(parts, encoding):
-    """Replace the text of each (key, text) by its tokens. 128 at once are work for several threads."""
-    while batch := [part for _, part in zip(range(128), parts)]:
-        keys, texts = zip(*batch)
-        yield from zip(keys, encoding.encode_ordinary_batch(list(texts)))
+def encode(data, encoding):
+    """Pairs of a document's number and the tokens of the next part of it. In front of its first part stands what a
+    pretrained model wants there, behind its last part the end of text."""
+    end, front = [encoding.eot_token], len(encoding.encode_ordinary(""))
+    parts, number, skip = texts(data), 0, 0
+    while batch := list(islice(parts, 128)):                            # at once, they are work for several threads
+        for tokens, (_, ended) in zip(encoding.encode_ordinary_batch([text for text, _ in batch]), batch):
+            yield number, tokens[skip:] + end * ended
+            number, skip = (number + 1, 0) if ended else (number, front)
 
 
-def prepare(data, encoding_name, tokens=0):
+def prepare(data, encoding_name, tokens=0, vocab_size=2**16):
     """Folder with train.bin and val.bin of `data`, made unless it is there. It ends after so many `tokens`; 0: has all.
-
-    One document in 200 is held out in val.bin, of the standard library one in 20; of few or very short documents, the
-    last 20th of all tokens. A document equal to an earlier one is left out, so that no text is on both sides.
-    """
+    One document in 200 is held out in val.bin, one in 20 of the standard library; of few or short documents, the last
+    20th of all tokens. A document equal to an earlier one is left out, so that no text is on both sides."""
     if Path(data, "train.bin").exists():
         return Path(data)
+    kind = TYPES[vocab_size > 2**16]                                    # as read_tokens finds it
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(data)]
-    version = hashlib.sha1(repr((data, encoding_name, tokens, stamps)).encode()).hexdigest()[:8]
+    version = hashlib.sha1(repr((data, encoding_name, tokens, kind, stamps)).encode()).hexdigest()[:8]
     folder = Path("data", f"{Path(data).stem}-{version}")
     if (folder / "train.bin").exists():
         return folder
-    encoding, held_out, seen = get_encoding(encoding_name), 20 if data == "stdlib" else 200, set()
-    end = np.array(encoding.eot_token, np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
+    parts, held_out, seen = encode(data, get_encoding(encoding_name)), 20 if data == "stdlib" else 200, set()
     Path("data").mkdir(exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}.", dir="data") as own:    # another run may prepare the same
-        train_path, val_path = Path(own, "train.bin"), Path(own, "val.bin")
-        bar = tqdm(desc="tokens", unit="tok", unit_scale=True, total=tokens or None, leave=False, disable=None)
-        with bar, open(train_path, "wb") as train, open(val_path, "wb") as val:
-            more = lambda _: not tokens or train.tell() + val.tell() < (tokens - 1) * end.nbytes    # 1 is the end
-            parts = takewhile(more, encode(documents(data, keyed=True), encoding))
-            for number, (_, document) in enumerate(groupby(parts, lambda part: part[0])):
+        with (tqdm(desc="tokens", unit="tok", unit_scale=True, total=tokens or None, leave=False, disable=None) as bar,
+              open(Path(own, "train.bin"), "w+b") as train, open(Path(own, "val.bin"), "w+b") as val):
+            more = lambda _: not tokens or train.tell() + val.tell() < tokens * kind.itemsize
+            for number, document in groupby(takewhile(more, parts), lambda part: part[0]):
                 file = train if number % held_out else val              # whole documents are held out
                 start, digest = file.tell(), 0
                 for _, part in document:
-                    file.write(np.array(part, end.dtype).tobytes())
+                    file.write(np.array(part, kind).tobytes())
                     digest = hash((digest, *part))
-                    bar.update(len(part) + 1)
-                file.write(end.tobytes())
+                    bar.update(len(part))
                 if digest in seen and data != "stdlib":                 # only tiny ones are equal in the library
                     file.truncate(file.seek(start))
                 seen.add(digest)
-        if len(seen) < held_out or val_path.stat().st_size < 10_000 * end.nbytes:    # few, or short
-            with open(val_path, "ab") as whole, open(train_path, "rb") as rest:
-                shutil.copyfileobj(rest, whole)
-                cut = whole.tell() // end.nbytes * 19 // 20 * end.nbytes
-            val_path.replace(train_path)
-            with open(train_path, "r+b") as whole, open(val_path, "wb") as last:
-                whole.seek(cut)
-                shutil.copyfileobj(whole, last)
-                whole.truncate(cut)
+            if len(seen) < held_out or val.tell() < 10_000 * kind.itemsize:    # few, or short
+                train.seek(0)
+                shutil.copyfileobj(train, val)
+                train, val = val, train                                 # now all is in train
+                cut = train.seek(train.tell() // kind.itemsize * 19 // 20 * kind.itemsize)
+                val.truncate(val.seek(0))
+                shutil.copyfileobj(train, val)
+                train.truncate(cut)
         folder.mkdir(exist_ok=True)
-        val_path.replace(folder / "val.bin")
-        train_path.replace(folder / "train.bin")                        # last: where it is, both are whole
+        Path(val.name).replace(folder / "val.bin")
+        Path(train.name).replace(folder / "train.bin")                  # last: where it is, both are whole
     return folder
 
 
 def read_tokens(folder, context, vocab_size):
-    """train.bin and val.bin as arrays on disk, of uint16, or of uint32 if the vocabulary needs it. ValueError if
-    one has too few tokens for a window, or a token outside the vocabulary."""
-    both, kind = [], np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    """train.bin and val.bin as arrays on disk. ValueError if one has too few tokens for a window, or a token outside
+    the vocabulary."""
+    both, kind = [], TYPES[vocab_size > 2**16]
     for path in (folder / "train.bin", folder / "val.bin"):
         size = path.stat().st_size // kind.itemsize if path.exists() else 0
         if size <= context:

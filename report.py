@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common import Parser, evaluate, load, perplexity, pick_device, print_row    # first of ours
-from data import documents
+from data import encode
 
 
 def read_log(run):
@@ -74,7 +74,7 @@ def draw_perplexities(rows, path):
 def text_loss(run, text, device):
     """Mean loss in nats per token of a run on all of another text, at each budget: {m: loss}."""
     model, encoding = load(run / "checkpoint.pt", device)
-    tokens = np.concatenate([encoding.encode_ordinary(one) + [encoding.eot_token] for one in documents(text)])
+    tokens = np.concatenate([part for _, part in encode(text, encoding)])
     count = (len(tokens) - 1) // model.config.context
     if count == 0:
         raise ValueError(f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed")

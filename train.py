@@ -245,12 +245,13 @@ def train(args):
         compile_parts(model)
     run = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
+    source = args.data, args.encoding, args.tokens, args.vocab_size
     if master:
         args.out.mkdir(parents=True, exist_ok=True)
-        prepare(args.data, args.encoding, args.tokens)
+        prepare(*source)
     if world > 1:
         dist.barrier()                                                      # the others find it prepared
-    tokens, held_out = read_tokens(prepare(args.data, args.encoding, args.tokens), args.context, args.vocab_size)
+    tokens, held_out = read_tokens(prepare(*source), args.context, args.vocab_size)
     size, per_step = sum(p.numel() for p in model.parameters()), args.batch * args.context
     began, marks = time.perf_counter() - before, []                         # marks: the time at every 10th step
     bar = tqdm(total=args.steps * per_step, initial=first * per_step, unit="tok", unit_scale=True, dynamic_ncols=True,

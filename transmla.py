@@ -22,7 +22,7 @@ import logging
 import math
 import re
 from dataclasses import asdict, replace
-from itertools import groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 
@@ -33,7 +33,7 @@ from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 
 from common import Parser, check_budgets, integers, perplexity, pick_device, positive, save    # the first of ours
 import matmla
-from data import documents, get_encoding
+from data import encode, get_encoding
 from matmla import GPT, Config
 from pretrained import from_pieces, with_one
 
@@ -261,14 +261,8 @@ def importance(model, windows):
 
 def read_text(name, count, encoding, context):
     """[2, n, width + 1]: windows of a text to measure on, about `count` tokens, and as many others to calibrate on."""
-    def stream():
-        for _, document in groupby(documents(name, keyed=True), lambda part: part[0]):
-            for _, text in document:
-                yield from encoding.encode_ordinary(text)
-            yield encoding.eot_token
-
-    width = min(512, context)
-    tokens = list(islice(stream(), 2 * math.ceil(count / width) * (width + 1)))
+    width, stream = min(512, context), chain.from_iterable(part for _, part in encode(name, encoding))
+    tokens = list(islice(stream, 2 * math.ceil(count / width) * (width + 1)))
     if len(tokens) < 2 * (width + 1):
         raise ValueError(f"{name} has {len(tokens)} tokens, at least {2 * (width + 1)} are needed")
     return torch.tensor(tokens[: len(tokens) // (2 * width + 2) * (2 * width + 2)]).view(2, -1, width + 1)
