@@ -105,7 +105,7 @@ def encode(data, encoding):
             number, skip = (number + 1, 0) if ended else (number, front)
 
 
-def prepare(data, encoding_name, tokens=0, vocab_size=2**16):
+def prepare(data, encoding_name, tokens, vocab_size):
     """Folder with train.bin and val.bin of `data`, made unless it is there. It ends after so many `tokens`; 0: has all.
     One document in 200 is held out in val.bin, one in 20 of the standard library; of few or short documents, the last
     20th of all tokens. A document equal to an earlier one is left out, so that no text is on both sides."""

@@ -41,9 +41,10 @@ def draw_losses(runs, path):
     """Draw the losses of runs against steps, and how far they are behind those of the first run at all its heads."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    batches, held_out = list(curves(runs[0]).values())[:2]
-    for run in runs:
-        for name, losses in curves(run).items():
+    found = [curves(run) for run in runs]
+    batches, held_out = list(found[0].values())[:2]
+    for run, lines in zip(runs, found):
+        for name, losses in lines.items():
             first, style = (batches, {"linewidth": 0.5}) if name == "batches" else (held_out, {"marker": "."})
             left.plot(losses.keys(), losses.values(), label=f"{run.name}: {name}", **style)
             behind = {step: losses[step] - first[step] for step in losses if step in first}

@@ -44,7 +44,11 @@ def write(text):
 
 
 def sample(args):
-    device, text = pick_device(args.device), args.prompt.encode().decode()    # ValueError if it is not UTF-8
+    device, text = pick_device(args.device), args.prompt
+    try:
+        text.encode()                                               # fails for bytes that the terminal could not decode
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
     model, encoding = load(args.checkpoint, device)
     if device.type == "cuda":
         fast(model.bfloat16())                                      # in bfloat16, half the bytes are read per token

@@ -13,7 +13,6 @@ import torch
 
 from matmla import ATTENTION, Cache, Config, rope
 
-same = torch.allclose
 W_Q, W_K, W_V = [[0, 1], [1, 0], [1, -1], [0, 1]], [[1, 0], [1, 1], [2, 0], [0, -1]], [[1, 1], [0, 2], [0, 1], [1, 0]]
 WEIGHTS = {    # two rows are head 1, the next two head 2
     "W_Q": W_Q, "W_K": W_K, "W_V": W_V,         # of x
@@ -37,6 +36,10 @@ def by_hand(name, n_h=2):
 def turn(u, angles):
     """R u for each of the vectors u [n, 2] and its angle."""
     return rope(u[None, :, None], angles, 1.0)[0, :, 0]
+
+
+def same(a, b, rounding=1e-12):
+    return torch.allclose(a, b, rtol=0, atol=rounding)
 
 
 def text(v):
@@ -87,7 +90,7 @@ def walk():
     long = mla.W_DKV(x)
     root = long.square().mean(1).sqrt()
     table({"x": x, "W_DKV x": long, "root": root, "c": c})
-    assert same(c, long / root[:, None])
+    assert same(c, long / root[:, None], rounding=1e-6)                                     # the norm has an eps
 
     print("\n3. Expand: each head makes its own key k = W_UK c and value v = W_UV c out of it, with")
     W_UQ, W_UK, W_UV = (W.weight.view(2, 2, 2) for W in (mla.W_UQ, mla.W_UK, mla.W_UV))     # [head, row, column]
@@ -111,7 +114,7 @@ def walk():
     needed = turn(q[0].expand(3, 2), angles[2] - angles) @ W_UK[0]
     table({"s": torch.arange(3), "score": turned, "to carry": needed, "score with it": (needed * c).sum(1),
            f"with {text(carried[0])}": absorbed[0], "off by": (absorbed[0] - turned).abs()})
-    assert same((needed * c).sum(1), turned) and not same(absorbed[0], turned)
+    assert same((needed * c).sum(1), turned) and not same(absorbed[0], turned, rounding=1)
 
     print("\n6. Decouple RoPE: position gets a key of its own, cached beside c, and the two scores are added.")
     q_R = turn(mla.W_QR(x[2]).view(2, 2), angles[[2, 2]])                                   # [head, 2]

@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_and_leaves_nothing(name, con
     if content is not None:
         write("empty/a.md" if name == "empty" else name, content)
     with pytest.raises((OSError, ValueError), match=words) as refused:
-        data.prepare(name, encoding)
+        data.prepare(name, encoding, 0, 258)
     assert "\n" not in str(refused.value) and not list(Path().glob("data/*"))
 
 
@@ -119,7 +119,7 @@ def test_of_the_standard_library_one_file_in_20_is_held_out():
 
 KILLED = """import os, data
 data.np.array = lambda *_: os.kill(os.getpid(), 9)
-data.prepare("a.jsonl", "bytes")"""
+data.prepare("a.jsonl", "bytes", 0, 257)"""
 
 
 def test_a_killed_preparation_is_done_again_and_two_may_run_at_once(monkeypatch):

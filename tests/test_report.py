@@ -18,6 +18,9 @@ def test_one_run_has_a_row_for_each_budget_and_a_figure(there, monkeypatch, caps
     for m, loss in final["val_loss"].items():
         assert f"| out | matmla, mixed 1:1:1 | {m} | {final['parameters']:,} | 864 |" in printed
         assert f"| {final['cache_bytes']} | {loss:.4f} | {math.exp(loss):.3f} |" in printed
+    lines = report.curves(there / "out")
+    assert list(lines) == ["batches"] + [f"held out, {m} heads" for m in (12, 8, 4)] and list(lines["batches"]) == [0]
+    assert all(lines[f"held out, {m} heads"][3] == loss for m, loss in final["val_loss"].items())
     assert (there / "out/curves.png").stat().st_size > 10000 and not (there / "unused").exists()
 
 

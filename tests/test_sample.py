@@ -45,6 +45,11 @@ def test_sample_writes_the_models_own_generation_at_budgets_and_schedules(run):
     assert compared.count("tokens/s, 144 bytes of cache per token") == 3    # 2 x (10 + 8) numbers of 4 bytes
 
 
+def test_a_seed_repeats_and_another_one_gives_another_text(run):
+    first, again, other = (run(sample, f"--tokens 30 --samples 2 --seed {seed}") for seed in (1, 1, 2))
+    assert first == again != other and len(set(first.split("\n---\n"))) == 2
+
+
 def test_characters_of_several_tokens_are_written_whole(run, monkeypatch):
     monkeypatch.setattr(GPT, "stream", lambda *a: (torch.tensor([token]) for token in "é日".encode() + b"\xe6"))
     assert run(sample, "--prompt a --tokens 6") == "aé日\ufffd\n"
@@ -80,6 +85,6 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(run):
 
 @pytest.mark.parametrize("mistake, words", [
     ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400", ":*"]), ("--heads 4:*,2:3", ["4:*,2:3"]),
-    ("--prompt=", ["0 tokens"]), ("--prompt a\udcff", ["utf-8", "udcff"])])
+    ("--prompt=", ["0 tokens"]), ("--prompt a\udcff", ["UTF-8", "udcff"])])
 def test_mistakes_are_one_line_and_status_2(mistake, words, run, monkeypatch, capsys):
     refuses(words, sample, monkeypatch, capsys, *mistake.split())

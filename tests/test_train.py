@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import common    # the first of ours
 import train
+from data import windows
 from matmla import GPT
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
@@ -142,6 +143,18 @@ def test_more_than_eight_budgets_are_all_compiled_once(monkeypatch):
     assert graphs == 12 + 1, f"{graphs} graphs, instead of one for each budget and one for the loss"
 
 
+def test_train_reports_and_saves(there):
+    lines, kept = log_of(Path("out")), train.load_checkpoint("out/checkpoint.pt")
+    assert [x["step"] for x in lines] == [0, 0, 3, 3] and set(lines[2]["val_loss"]) == {"12", "8", "4"}
+    assert lines[3]["final"]["val_loss"] == lines[2]["val_loss"] and lines[3]["final"]["tokens"] == 3 * 9 * 32
+    val = np.fromfile(next(there.glob("data/*/val.bin")), np.uint16)
+    starts = np.linspace(0, len(val) - 33, 256).astype(int)
+    with torch.no_grad():
+        loss = common.load("out/checkpoint.pt", "cpu")[0](*windows(val, starts, 32, torch.device("cpu")), heads=8)[1]
+    assert lines[2]["val_loss"]["8"] == pytest.approx(loss.item(), abs=1e-5)
+    assert kept["step"] == 3 and json.loads(json.dumps(kept["log"])) == lines
+
+
 @pytest.mark.parametrize("end, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeypatch):
     """Parameters, optimizers, losses and held-out losses are equal to the last bit."""
@@ -154,15 +167,16 @@ def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeyp
     process.send_signal(end)
     said = process.communicate()[1]
     assert process.returncode == status and log_of(stopped)[-1]["step"] < 40
-    assert end == signal.SIGKILL or f"--resume --out {stopped}\n" == said[-len(f"--resume --out {stopped}\n") :]
+    assert end == signal.SIGKILL or said.endswith(f"last {stopped}/checkpoint.pt: --resume --out {stopped}\n")
     main_of(train, monkeypatch, "--resume", "--out", stopped)
     whole, resumed = (train.load_checkpoint(out / "checkpoint.pt") for out in (Path("whole"), stopped))
     for state in whole, resumed:                                            # time goes on
         assert 0 < state.pop("seconds") <= state["log"].pop()["final"]["seconds"]
         assert [line["step"] for line in state["log"] if "loss" in line] == [0, 10, 20, 30]
     assert whole["log"] == resumed["log"] and whole["settings"] == resumed["settings"]
-    for a, b in zip([whole["model"], *whole["optimizers"]], [resumed["model"], *resumed["optimizers"]]):
+    for a, b in zip([whole["model"], *whole["optimizers"]], [resumed["model"], *resumed["optimizers"]], strict=True):
         torch.testing.assert_close(a.get("state", a), b.get("state", b), rtol=0, atol=0)
+    assert whole["optimizers"][0]["state"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -191,6 +205,15 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(there, mon
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Path("kept/checkpoint.pt").read_bytes() == kept and not list(Path("kept").glob("*.partial"))
+
+
+def test_init_takes_sizes_tokens_and_weights_but_fresh_optimizers(there, monkeypatch):
+    start = there / "out/checkpoint.pt"
+    _, args = train.settings(f"--context 16 --budgets 9,2 --data elsewhere --init {start} --out new".split())
+    assert (args.d, args.context, args.budgets, args.encoding, args.steps) == (24, 16, (9, 2), "bytes", 500)
+    main_of(train, monkeypatch, "--init", start, "--steps", "1", "--tokens", "300000", "--device", "cpu", "--out", "on")
+    assert log_of(there / "on")[0]["val_loss"] == log_of(there / "out")[2]["val_loss"]    # it starts where that ended
+    assert train.load_checkpoint("on/checkpoint.pt")["optimizers"][1]["state"][0]["step"] == 1
 
 
 def test_an_unfinished_exercise_is_one_line(tmp_path):

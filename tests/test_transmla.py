@@ -145,7 +145,7 @@ def test_a_checkpoint_generates_like_the_original_and_trains_on_at_every_budget(
     main_of(train, monkeypatch, "--init", path, "--out", "on", *flags)
     losses = [line["val_loss"] for line in log_of(Path("on")) if "val_loss" in line]
     ours.config = replace(ours.config, context=32)
-    _, held_out = read_tokens(prepare("model/text.txt", common.load_checkpoint(path)["encoding"]), 32, 266)
+    _, held_out = read_tokens(prepare("model/text.txt", common.load_checkpoint(path)["encoding"], 0, 266), 32, 266)
     for m, loss in common.evaluate(ours, held_out, 256).items():
         assert losses[0][str(m)] == pytest.approx(loss, abs=1e-4) and losses[-1][str(m)] < loss - 0.5
     healed = common.load("on/checkpoint.pt", "cpu")[0]
