@@ -14,14 +14,14 @@ import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
-from common import Parser, load, load_checkpoint, make_config, perplexity, pick_device, print_row    # the first of ours
-from data import prepare, read_tokens, windows
+from common import (    # the first of ours: it decides which file is matmla
+    Parser, evaluate, load, load_checkpoint, make_config, perplexity, pick_device, print_row)
+from data import prepare, read_tokens
 from decode import attend_one, fast, record
 from matmla import ATTENTION, GPT, Config
 from train import PRESETS
@@ -75,12 +75,6 @@ def seconds(call, device, n=10):
     return timer.timeit(n).mean if device.type == "cuda" else timer.blocked_autorange(min_run_time=1).median
 
 
-def copy_bandwidth(device):
-    """Bytes per second, read and written, of a large copy: what memory can do."""
-    x, y = torch.ones(2, 2**30, dtype=torch.uint8, device=device)
-    return 2 * x.nbytes / seconds(lambda: y.copy_(x), device)
-
-
 def attend_all(q, k, v, positions, scale):
     """`attend_one` for a full cache. Without rows to leave out, SDPA may take its fastest kernel where every head has
     its own keys: so MHA is measured at its best, better than a growing cache allows."""
@@ -130,7 +124,9 @@ def speeds(config, device):
     gpu, all_heads, rows = device.type == "cuda", config.n_h, []
     readers = [("mha", "", all_heads), ("gqa", "", all_heads), ("nested_mha", "full", min(config.budgets)),
                ("matmla", "naive", all_heads), *(("matmla", "absorbed", m) for m in config.budgets)]
-    copied = copy_bandwidth(device) if gpu else None
+    if gpu:
+        x, y = torch.ones(2, 2**30, dtype=torch.uint8, device=device)
+        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x), device)     # bytes per second: what memory can do
     print("\nDecoding one token of every sequence, with `length` tokens in the cache; and reading all of them")
     for (batch, length), (name, reader, m) in itertools.product(SHAPES[device.type], readers):
         c = dataclasses.replace(config, attention=name, context=length)
@@ -157,8 +153,7 @@ def draw_rows(c, path):
     """What one token leaves in one layer, to scale: one unit of width is one number."""
     axes = Figure(figsize=(10, 3), layout="constrained").subplots()
     pairs = [("k", c.d_h, "tab:blue"), ("v", c.d_h, "tab:orange")]
-    latent = [("$c_{KV}$", c.d_c, "tab:green"), ("$k_R$", c.d_R, "tab:blue")]
-    small = min(c.budgets)
+    latent, small = [("$c_{KV}$", c.d_c, "tab:green"), ("$k_R$", c.d_R, "tab:blue")], min(c.budgets)
     rows = {"MHA, nested MHA full": pairs * c.n_h, f"nested MHA ragged, {small} heads": pairs * small,
             f"GQA, {c.n_kv} groups": pairs * c.n_kv, "MLA, MatMLA at every budget": latent}
     for y, parts in enumerate(rows.values()):
@@ -175,48 +170,34 @@ def draw_rows(c, path):
     axes.figure.savefig(path, dpi=150)
 
 
-@torch.no_grad()
-def switching(run, device, count=128):
+def switching(run, device):
     """{a: {b: perplexity}} of a run: of held-out text at budget b after a prefix, half a context, that budget a wrote.
 
     ValueError for a run that has no held-out text, or one budget only.
     """
     saved = load_checkpoint(run / "checkpoint.pt", device)
     model, _ = load(run / "checkpoint.pt", device, saved)
-    c, settings, half = model.config, saved["settings"], model.config.context // 2
+    c, settings = model.config, saved["settings"]
     if "data" not in settings:
         raise ValueError(f"{run} was not trained by train.py, so it has no held-out text")
     if not ATTENTION[c.attention].nested:
         raise ValueError(f"{run} is {c.attention}, which has one budget only")
     folder = prepare(settings["data"], saved["encoding"], settings["tokens"], c.vocab_size)
     _, tokens = read_tokens(folder, c.context, c.vocab_size)
-    starts = np.linspace(0, len(tokens) - c.context - 1, count).astype(int)
-    losses = {a: dict.fromkeys(c.budgets, 0.0) for a in c.budgets}
-    for part in np.array_split(starts, count // 16):
-        x, y = windows(tokens, part, c.context, device)
-        for a in c.budgets:
-            cache = model.new_cache(len(part), c.context)
-            model.hidden(x[:, :half], a, cache)
-            for b in c.budgets:
-                for layer in cache:
-                    layer.length = half                             # forget what the last b has read
-                losses[a][b] += model(x[:, half:], y[:, half:], b, cache)[1].item() * len(part) / count
+    losses = {a: evaluate(model, tokens, 128, prefix=a) for a in c.budgets}
     return {a: {b: perplexity(loss) for b, loss in row.items()} for a, row in losses.items()}
 
 
 def bench(args):
     args.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    result = dict(device=name, torch=torch.__version__)
+    result = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__)
     if args.switch:
-        result["perplexity"] = {}
-        for run in args.switch:
-            table = switching(run, device)
+        result["perplexity"] = {str(run): switching(run, device) for run in args.switch}
+        for run, table in result["perplexity"].items():
             print(f"\n{run}: perplexity of text read at b heads after a prefix written at a heads")
             for a, row in table.items():
                 print_row({"a \\ b": a} | row, head=a == max(table))
-            result["perplexity"][str(run)] = table
     elif args.preset == "deepseek-v3":
         result["sizes"] = sizes(PUBLISHED, device)
     else:

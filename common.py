@@ -23,7 +23,6 @@ FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.ite
 
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line on stderr and exit status 2. stopped: what to say after Ctrl-C."""
-
     stopped = None
 
     def __init__(self, doc):
@@ -79,16 +78,20 @@ def mixed_precision(device):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, count):
-    """Mean loss in nats per token at each budget, {m: loss}, on `count` windows spaced evenly over the tokens."""
+def evaluate(model, tokens, count, prefix=None):
+    """Mean loss in nats per token at each budget, {m: loss}, on `count` windows spaced evenly over the tokens. With a
+    prefix, on the second half of each window only, read at m heads after a first half that `prefix` heads wrote."""
     context, device = model.config.context, model.embed.weight.device
     starts = np.linspace(0, len(tokens) - context - 1, count).astype(int)
-    losses = dict.fromkeys(model.config.budgets, 0.0)
+    losses, first, cache = dict.fromkeys(model.config.budgets, 0.0), context // 2 if prefix else 0, None
     for some in np.array_split(starts, math.ceil(count / 16)):
         x, y = windows(tokens, some, context, device)
         for m in losses:
             with mixed_precision(device):
-                losses[m] += model(x, y, m)[1].item() * len(x) / count
+                if prefix:
+                    cache = model.new_cache(len(x), context)
+                    model.hidden(x[:, :first], prefix, cache)
+                losses[m] += model(x[:, first:], y[:, first:], m, cache)[1].item() * len(x) / count
     return losses
 
 

@@ -35,11 +35,6 @@ def get_encoding(name):
                       "network, or set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine that has it") from None
 
 
-def token_bytes(encoding, token):
-    """The bytes of a token; a question mark for the ids that only pad the vocabulary."""
-    return encoding.decode_single_token_bytes(token) if token < encoding.n_vocab else b"?"
-
-
 def text_files(data):
     """The text files of `data`, sorted; [] if nothing here has this name. OSError: no such file, or an empty folder."""
     if data == "stdlib":                                                # the reader's own: about 480 files, 9 MB

@@ -2,8 +2,8 @@
 Decoding on a GPU, fast. What a step computes is in matmla.py; nothing here is needed to understand it.
 
 One new token is so little work that what counts is the number of kernels, and how many parts of the chip read the cache
-at the same time. So a step is one CUDA graph of compiled blocks (`fast`), of fewer and larger matrices (`Joined`), with
-flash decoding through torch's FlexAttention (`attend_one`).
+at the same time. So a step is one CUDA graph of compiled blocks (`fast`), with flash decoding through torch's
+FlexAttention (`attend_one`); in a latent attention, of fewer and larger matrices (`Joined`).
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import matmla
-from matmla import GQA, MHA, MLA, Cache, MatMLA, NestedMHA, attend, rope
+from matmla import MLA, Cache, MatMLA, attend, rope
 
 
 def attend_one(q, k, v, positions, scale):
@@ -41,65 +41,35 @@ def attend_one(q, k, v, positions, scale):
     return o.flatten(1, 2)[:, None]                                 # [B,1,h,w_v]
 
 
-def after(norm, *weights):
-    """One matrix for all products that follow a norm, with the norm's own weight g in it: W g."""
-    return torch.cat(weights) * norm.weight.to(weights[0].dtype)
-
-
 def product(x, W_g, eps):
-    """x [B, 1, n] -> [B, 1, rows of W_g]. W (g x / rms) is (W g) x / rms: so the product need not wait for the norm."""
+    """x [B, 1, n] -> [B, 1, rows of W_g], W norm(x) for a norm with weight g and W_g = W g.
+
+    W (g x / rms) is (W g) x / rms, so the product need not wait for the norm.
+    """
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     y = F.linear(x[:, 0], W_g)[:, None]                             # of 3 dimensions, it might be a slower kernel
     return (y * (squares.mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 class Joined:
-    """`Block.forward` for one token x [B, 1, d], m heads and a GraphCache; `attention` depends on the variant."""
+    """A block of MLA or MatMLA for one token and heads (m,): absorbed, and all products of one input are one.
+
+    W_UK is multiplied into W_UQ, which so leads into the latent, and W_UV into W_O; the norms' weights into what reads
+    them. (MHA gains nothing from the like.)
+    """
 
     def __init__(self, block):
-        self.a, self.W_down, self.eps = block.attention, block.W_down, block.norm_attention.eps
-        self.W_gate_up = after(block.norm_feed_forward, block.W_gate.weight, block.W_up.weight)
-
-    def forward(self, x, m, cache):
-        x = x + self.attention(x, m, cache)
-        gate, up = product(x, self.W_gate_up, self.eps).chunk(2, -1)
-        return x + self.W_down(F.silu(gate) * up)
-
-
-class JoinedMHA(Joined):
-    """MHA, nested MHA and GQA: the row for the cache and the queries are one product."""
-
-    def __init__(self, block):
-        super().__init__(block)
-        W_Q, W_K, W_V = (W.weight.unflatten(0, (-1, self.a.d_h)) for W in (self.a.W_Q, self.a.W_K, self.a.W_V))
-        W_row = torch.cat((W_K, W_V), 1)                            # head by head, k then v
-        self.W_row_Q = after(block.norm_attention, W_row.flatten(0, 1), W_Q.flatten(0, 1))
-
-    def attention(self, x, m, cache):
-        a, position, numbers = self.a, cache.length, cache.rows.shape[-1]
-        row, q = product(x, self.W_row_Q[: numbers + m * a.d_h], self.eps).split((numbers, m * a.d_h), -1)
-        k, v = row.unflatten(-1, (-1, 2 * a.d_h)).chunk(2, -1)
-        rows = cache.append(torch.cat((rope(k, position, a.rope_base), v), -1).flatten(2))
-        k, v = rows[..., : a.numbers(m)].unflatten(-1, (-1, 2 * a.d_h)).chunk(2, -1)
-        q = rope(q.unflatten(-1, (m, -1)), position, a.rope_base)
-        o = matmla.attend(q, k, v, position, a.d_h**-0.5)
-        return F.linear(o.flatten(2), a.W_O.weight[:, : m * a.d_h])
-
-
-class JoinedMLA(Joined):
-    """MLA and MatMLA, absorbed: W_UK is multiplied into W_UQ, which so leads into the latent, and W_UV into W_O."""
-
-    def __init__(self, block):
-        super().__init__(block)
-        a = self.a
+        a = self.a = block.attention
         W_UQ, W_QR, W_UK, W_UV = (W.weight.unflatten(0, (a.n_h, -1)) for W in (a.W_UQ, a.W_QR, a.W_UK, a.W_UV))
         W_Q = torch.cat((torch.einsum("hdc,hdq->hcq", W_UK, W_UQ), W_QR), 1)                # [n_h,d_c+d_R,d_cq]
         W_O = torch.einsum("ohd,hdc->ohc", a.W_O.weight.unflatten(1, (a.n_h, -1)), W_UV)    # [d,n_h,d_c]
-        self.W_Q, self.W_O = after(a.norm_Q, W_Q.flatten(0, 1)), W_O.flatten(1)
-        self.W_D = after(block.norm_attention, a.W_DQ.weight, a.W_DKV.weight, a.W_KR.weight)
+        self.W_D = torch.cat((a.W_DQ.weight, a.W_DKV.weight, a.W_KR.weight)) * block.norm_attention.weight
+        self.W_Q, self.W_O = W_Q.flatten(0, 1) * a.norm_Q.weight, W_O.flatten(1)
+        self.W_gate_up = torch.cat((block.W_gate.weight, block.W_up.weight)) * block.norm_feed_forward.weight
+        self.W_down, self.eps = block.W_down, a.norm_Q.eps
 
-    def attention(self, x, m, cache):
-        a, position = self.a, cache.length
+    def forward(self, x, heads, cache):
+        a, position, m = self.a, cache.length, heads[0]
         c_Q, c_KV, k_R = product(x, self.W_D, self.eps).split((self.W_Q.shape[1], a.d_c, a.d_R), -1)
         k_R = rope(k_R.unsqueeze(2), position, a.rope_base).flatten(2)
         row = cache.append(torch.cat((a.norm_KV(c_KV), k_R), -1)).unsqueeze(2)              # [B,S,1,d_c+d_R]
@@ -107,24 +77,20 @@ class JoinedMLA(Joined):
         q_latent, q_R = q.split((a.d_c, a.d_R), -1)
         q = torch.cat((q_latent, rope(q_R, position, a.rope_base)), -1)                     # [B,1,m,d_c+d_R]
         o = matmla.attend(q, row, row, position, a.scale)[..., : a.d_c]
-        return F.linear(o.flatten(2), self.W_O[:, : m * a.d_c])
+        x = x + F.linear(o.flatten(2), self.W_O[:, : m * a.d_c])
+        gate, up = product(x, self.W_gate_up, self.eps).chunk(2, -1)
+        return x + self.W_down(F.silu(gate) * up)
 
 
 def join(block):
     """The block for one token; the block itself if it does not absorb, or has what only pretrained models need."""
     a = block.attention
-    if type(a) in (MLA, MatMLA) and a.short > 1 and hasattr(a.W_DQ, "weight"):
-        return JoinedMLA(block)
-    return JoinedMHA(block) if type(a) in (MHA, NestedMHA, GQA) else block
+    return Joined(block) if type(a) in (MLA, MatMLA) and a.short > 1 and hasattr(a.W_DQ, "weight") else block
 
 
 class GraphCache(Cache):
     """A layer's Cache for a graph, which must be right for any length. So the length is a tensor, [1], and all rows are
     returned: `attend` leaves out those that are not in use."""
-
-    def __init__(self, rows, heads, length):
-        super().__init__(rows, heads)
-        self.length = length
 
     def append(self, new):
         self.rows[:, self.length] = new
@@ -171,13 +137,14 @@ def fast(model, attend=attend_one):
         cache.position.fill_(cache.length)
         S = min(capacity, max(1024, 1 << cache.length.bit_length()))
         if (budgets, S) not in cache.graphs:
-            layers = [GraphCache(layer.rows[:, :S], layer.heads, cache.position) for layer in cache]
-            alike = len(set(budgets)) == 1 and cache[0].heads == model.config.n_h
-            blocks, m = (joined, budgets[0]) if alike else (model.blocks, budgets)
+            layers = [GraphCache(layer.rows[:, :S], layer.heads) for layer in cache]
+            for layer in layers:
+                layer.length = cache.position
+            blocks = joined if len(set(budgets)) == 1 else model.blocks
             def logits():
                 x = model.embed(cache.token)
                 for block, layer in zip(blocks, layers):
-                    x = compiled(type(block).forward, batch == 1)(block, x, m, layer)
+                    x = compiled(type(block).forward, batch == 1)(block, x, budgets, layer)
                 return model.unembed(model.norm(x))[:, -1]
 
             with mock.patch("matmla.attend", attend):               # what every attention calls, while it is traced

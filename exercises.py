@@ -12,7 +12,6 @@ import argparse
 import ast
 import os
 import re
-import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -101,8 +100,7 @@ def blank(text):
         for name, hint in functions.items():
             first = nodes[name].body[0]
             start = first.end_lineno if ast.get_docstring(nodes[name]) else first.lineno - 1
-            todo = textwrap.wrap(hint, 100, initial_indent="# ", subsequent_indent="# ")
-            todo.append(f'raise NotImplementedError("exercise {number}: {title}")')
+            todo = f"# {hint}", f'raise NotImplementedError("exercise {number}: {title}")'
             edits.append((start, nodes[name].end_lineno, [" " * first.col_offset + line for line in todo]))
     for start, end, todo in sorted(edits, reverse=True):
         lines[start:end] = todo

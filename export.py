@@ -18,10 +18,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from common import Parser, load, positive    # the first of ours: it decides which file is matmla
-
-MODEL = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "unembed"}    # theirs: ours
-LAYER = {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_feed_forward",
-         "mlp.gate_proj": "W_gate", "mlp.up_proj": "W_up", "mlp.down_proj": "W_down"}
+from pretrained import rename
 
 
 def deepseek(w, c, m):
@@ -69,13 +66,13 @@ def to_transformers(model, m, end=None):
         raise ValueError(f"a Llama's heads must divide its width, and {m} heads do not divide {c.d}")
     else:
         translate, theirs = llama, LlamaForCausalLM(LlamaConfig(**sizes, head_dim=c.d_h))
-    weights = {name: model.get_submodule(ours).weight for name, ours in MODEL.items()}
+    ours = model.state_dict()
+    weights = {name: ours[rename(name)] for name in theirs.state_dict() if rename(name) in ours}
     for i, block in enumerate(model.blocks):
         own = {name.removesuffix(".weight"): weight for name, weight in block.attention.state_dict().items()}
-        weights |= {f"model.layers.{i}.{name}": block.get_submodule(ours).weight for name, ours in LAYER.items()}
-        weights |= {f"model.layers.{i}.self_attn.{name}": weight for name, weight in translate(own, c, m).items()}
+        weights |= {f"model.layers.{i}.self_attn.{name}.weight": W for name, W in translate(own, c, m).items()}
     theirs = theirs.to(model.embed.weight.dtype)
-    theirs.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
+    theirs.load_state_dict(weights)
     return theirs.eval()
 
 

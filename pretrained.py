@@ -1,4 +1,4 @@
-"""What only pretrained models have: a tokenizer, biases, RoPE frequencies that start anew, latents without a norm."""
+"""What only pretrained models have: names, a tokenizer, biases, RoPE that starts anew, latents without a norm."""
 
 import json
 import re
@@ -10,27 +10,35 @@ import torch.nn.functional as F
 
 from matmla import ATTENTION, GQA, MLA, MatMLA, rope, to_heads
 
+OURS = {    # parts of a weight's name in transformers: ours
+    "model.layers": "blocks", "model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "unembed",
+    "input_layernorm": "norm_attention", "post_attention_layernorm": "norm_feed_forward",
+    "self_attn.q_proj": "attention.W_Q", "self_attn.k_proj": "attention.W_K", "self_attn.v_proj": "attention.W_V",
+    "self_attn.o_proj": "attention.W_O", "mlp.gate_proj": "W_gate", "mlp.up_proj": "W_up", "mlp.down_proj": "W_down"}
+
+
+def rename(name):
+    """Our name of a weight of transformers."""
+    return re.sub("|".join(OURS), lambda found: OURS[found[0]], name)
+
 
 class Tokenizer:
     """A tokenizer.json, with those methods of a tiktoken.Encoding that are used here.
 
     Text that looks like a special token is text. In front of every text stands what the model wants there, such as a
     token for the beginning; what it wants behind is left out, because generation goes on from there.
-    json: its content, ValueError if it is none; eot_token: what separates documents, or None.
+    json: its content; eot_token: what separates documents.
     """
 
     def __init__(self, json, eot_token):
         import tokenizers                                                       # needed only here
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:                                              # the library raises no narrower one
-            raise ValueError(f"the model's tokenizer cannot be read ({error})") from None
+        self.tokenizer = tokenizers.Tokenizer.from_str(json)
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         around = self.tokenizer.encode("a")                                     # with special tokens on both sides
         self.front = around.ids[: around.special_tokens_mask.index(0)]
-        self.end, self.n_vocab = eot_token, max(self.tokenizer.get_vocab().values()) + 1
+        self.eot_token, self.n_vocab = eot_token, max(self.tokenizer.get_vocab().values()) + 1
 
         parts = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer, self.tokenizer.decoder
         self.byte_level = any("ByteLevel" in str(part) for part in parts)
@@ -40,19 +48,11 @@ class Tokenizer:
         added = self.tokenizer.get_added_tokens_decoder()
         self.verbatim = {token for token, text in added.items() if text.content not in pieces}    # a ▁ is one
 
-    @property
-    def eot_token(self):
-        if self.end is None:
-            raise ValueError("the model's tokenizer has no end of text, so nothing can separate documents")
-        return self.end
-
     def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts, num_threads=None):
-        """The tokens of each text. ValueError for a lone surrogate, as Python makes of a prompt that is not UTF-8."""
-        if lone := re.search(r"[\ud800-\udfff]", "".join(texts)):
-            raise ValueError(f"the text is not UTF-8, it has the lone surrogate {ascii(lone[0])}")
+        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]   # like tiktoken
         return [self.front + one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode_single_token_bytes(self, token):

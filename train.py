@@ -55,8 +55,7 @@ def settings(argv=None):
     add("--data", default="stdlib", help="stdlib, fineweb-edu, NAME or NAME:CONFIG on the Hugging Face hub, a .txt, "
         ".jsonl or .parquet file or a folder of them, or a folder with train.bin and val.bin of tokens")
     add("--tokens", default=0, type=natural, help="stop preparing data after so many tokens; 0: take all")
-    add("--objective", default="mixed", choices=["mixed", "sum", "sample"], help="a budget per sequence in one pass; "
-        "one pass per budget and the mean of their losses; or one budget per step")
+    add("--objective", default="mixed", choices=["mixed", "sum", "sample"], help="how a step trains the budgets")
     add("--shares", type=integers, help="how often each budget has its turn, like 2,1,1; by default equally often")
     add("--steps", default=500, type=positive, help="optimizer steps")
     add("--batch", default=9, type=positive, help="sequences per step; a multiple of the shares compiles fastest")

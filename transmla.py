@@ -31,22 +31,14 @@ import torch.nn.functional as F
 import transformers
 from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 
-from common import Parser, check_budgets, integers, perplexity, pick_device, positive, save    # the first of ours
+from common import (    # the first of ours: it decides which file is matmla
+    Parser, check_budgets, integers, perplexity, pick_device, positive, print_row, save)
 import matmla
 from data import encode, get_encoding
 from matmla import GPT, Config
-from pretrained import from_pieces, with_one
+from pretrained import from_pieces, rename, with_one
 
-OURS = {    # transformers' names
-    "model.layers": "blocks", "model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "unembed",
-    "input_layernorm": "norm_attention", "post_attention_layernorm": "norm_feed_forward",
-    "self_attn.q_proj": "attention.W_Q", "self_attn.k_proj": "attention.W_K", "self_attn.v_proj": "attention.W_V",
-    "self_attn.o_proj": "attention.W_O", "mlp.gate_proj": "W_gate", "mlp.up_proj": "W_up", "mlp.down_proj": "W_down"}
 TOKENIZERS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json"
-
-
-def rename(name):
-    return re.sub("|".join(OURS), lambda found: OURS[found[0]], name)
 
 
 def obstacles(c, reader=None):
@@ -128,8 +120,8 @@ def read_tokenizer(name, where, c, reader):
     encoding = {"json": json.dumps(content), "eot_token": end[0] if isinstance(end, list) else end}
     ours = get_encoding(encoding)
     for token in ours.n_vocab - 1, ours.eot_token, *ours.front:
-        if not 0 <= token < c.vocab_size:
-            raise ValueError(f"its token {token} is not in the embedding of {c.vocab_size} tokens")
+        if token not in range(c.vocab_size):
+            raise ValueError(f"its token {token} is not in the embedding of {c.vocab_size} (None: no end of text)")
     return encoding
 
 
@@ -213,7 +205,6 @@ def check(theirs, gqa, old, mla, new, tokens):
     """Print how far the logits of tokens [B, T] are apart. ValueError if that is more than rounding."""
     original, exact = theirs(tokens).logits, build(gqa, old, torch.float64)(tokens)[0]
     size = original.abs().max().clamp(min=1).item()
-    print("| largest difference of logits | from transformers, float32 | from our GQA, float64 |\n|---|---|---|")
     for name, c, weights in ("our GQA", gqa, old), ("our MLA, naive", mla, new), ("our MLA, absorbed", mla, new):
         off = []
         for right in original, exact:
@@ -222,7 +213,8 @@ def check(theirs, gqa, old, mla, new, tokens):
                 block.attention.short = math.inf                        # where there is a cache, it is read absorbed
             cache = model.new_cache(*tokens.shape) if "absorbed" in name else None
             off.append((model(tokens, cache=cache)[0] - right).abs().max().item())
-        print(f"| {name} | {off[0]:.1e} | {off[1]:.1e} |", flush=True)
+        print_row({"largest difference of logits": name, "from transformers, float32": f"{off[0]:.1e}",
+                   "from our GQA, float64": f"{off[1]:.1e}"}, head=c is gqa)
         if not (off[0] < 1e-4 * size and off[1] < 1e-10 * size):
             raise ValueError(f"{name} is another model: its logits are off by {off[0]:.1e}, {off[1]:.1e}")
 
@@ -280,7 +272,7 @@ def transmla(args):
     for d_c, d_R in sizes:
         if d_R % gqa.d_h or d_R > full or not 1 <= d_c <= 2 * full - d_R:
             raise ValueError(f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c {d_c} in 1..{2*full - d_R}")
-    original, text = build(gqa, old, device=device), torch.randint(gqa.vocab_size, (1, gqa.context))
+    original, text = build(gqa, old, device=device), torch.randint(gqa.vocab_size, (1, min(256, gqa.context)))
     if encoding:
         text, other = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context).to(device)
         order = args.budgets and importance(original, other).argsort(descending=True).tolist()
@@ -290,19 +282,13 @@ def transmla(args):
     new = to_mla(old, gqa, mla, order)
     check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)].cpu())
 
-    print(f"\n| {args.text} | heads | cache, bytes per token (bfloat16) | perplexity |\n|---|---|---|---|")
-    if encoding:
-        theirs = theirs.to(device)
-        loss = fmean(F.cross_entropy(theirs(w[None, :-1]).logits[0], w[1:]).item() for w in text)
-        print(f"| transformers | {gqa.n_h} | | {perplexity(loss):.4f} |")
-
     def rows(name, c, weights):
-        model, ppl = build(c, weights, device=device), "no tokenizer, no text"
+        model = build(c, weights, device=device)
         size = model.new_cache(1, 1).nbytes // 2                        # of float32
         for m in c.budgets:
-            if encoding:
-                ppl = f"{perplexity(fmean(model(w[None, :-1], w[None, 1:], m)[1].item() for w in text)):.4f}"
-            print(f"| our {name} | {m} | {size:,} | {ppl} |", flush=True)
+            loss = fmean(model(w[None, :-1], w[None, 1:], m)[1].item() for w in text)
+            print_row({"model": f"our {name}", "heads": m, "cache, bytes per token (bfloat16)": size,
+                       f"perplexity of {args.text}": perplexity(loss) if encoding else None}, head=c is gqa)
 
     rows(f"gqa, n_kv {gqa.n_kv}, d_h {gqa.d_h}", gqa, old)
     rows(f"{kind}, d_c {full}, d_R {full}", mla, new)

@@ -1,6 +1,5 @@
 """Tests of decode.py: all but the recording and the kernels without a GPU, these too where there is one."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 import decode
 import matmla
 import pretrained    # noqa: F401    adds its attentions to ATTENTION
-import test_matmla
-from test_matmla import error, some_tokens
+from test_matmla import error, make, some_tokens
 
-make = functools.partial(test_matmla.make, context=40, d_R=20)    # in pretrained ones, frequencies start anew after d_h
+SIZES = dict(context=40, d_R=20)    # in pretrained ones, frequencies start anew after d_h
 
 
 @pytest.fixture
@@ -42,20 +40,19 @@ def compare(model, budgets, tolerance=1e-10, batch=2, heads=None, start=9, capac
 
 @pytest.mark.parametrize("attention", matmla.ATTENTION)
 def test_fast_steps_are_the_models_own_at_every_budget(attention, recorded):
-    model, calls = make(attention), []
-    kind = "Block" if "pretrained" in attention else "JoinedMLA" if "mla" in attention else "JoinedMHA"
-    assert type(decode.join(model.blocks[0])).__name__ == kind
+    model, calls = make(attention, **SIZES), []
+    assert (type(decode.join(model.blocks[0])) is decode.Joined) == (attention in ("mla", "matmla"))
     budgets = [6, 4, 1, (6, 2), 5, (4, 4), 6] if model.blocks[0].attention.nested else [6, None, (6, 6)]
-    cache = compare(model, budgets, capacity=9 + len(budgets),
-                    attend=lambda *arguments: calls.append(1) or decode.attend_one(*arguments))
+    watched = lambda *given: calls.append(1) or decode.attend_one(*given)
+    cache = compare(model, budgets, capacity=9 + len(budgets), attend=watched)
     assert calls, "the given attend was not called"
     with pytest.raises(ValueError, match="do not fit"):             # nor is the full cache overwritten
         model.step(some_tokens(2, 1), 6, cache)
 
 
 def test_a_ragged_cache_and_no_query_latent_and_no_absorption_decode_too(recorded):
-    compare(make("nested_mha"), [4, 3], heads=4)
-    for model in make("matmla", d_cq=0), make("matmla"):
+    compare(make("nested_mha", **SIZES), [4, 3], heads=4)
+    for model in make("matmla", d_cq=0, **SIZES), make("matmla", **SIZES):
         for block in model.blocks:
             block.attention.short = 0
         assert decode.join(block) is block

@@ -17,7 +17,7 @@ from tests.test_train import main_of, refuses
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """What a script prints in a folder with a run: weights so large that budgets differ, and random held-out text."""
-    def run(script, arguments=""):
+    def run(script, arguments):
         main_of(script, monkeypatch, "--device", "cpu", *arguments.split())
         return capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
@@ -31,43 +31,32 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_sample_writes_the_models_own_generation_at_budgets_and_schedules(run):
-    prompt, texts, greedy = "defé".encode(), [], "--temperature 0 --tokens 50 "
-    for heads in (12, 8, 4, [12] * 10 + [4] * 40):
-        tokens = run.model.generate(torch.tensor([list(prompt)]), 50, heads, temperature=0)[0]
-        texts.append(get_encoding("bytes").decode(tokens.tolist()))
+def test_sample_writes_the_models_own_generation_and_whole_characters_and_repeats_with_its_seed(run, monkeypatch):
+    prompt, greedy = torch.tensor([list("defé".encode())]), "--temperature 0 --tokens 50 --prompt defé "
+    new = [run.model.generate(prompt, 50, m, temperature=0)[0].tolist() for m in (12, 8, 4, [12] * 10 + [4] * 40)]
+    texts = [get_encoding("bytes").decode(tokens) for tokens in new]
     assert len(set(texts)) == 4                                     # else it would not matter which one is written
-    assert run(sample, greedy + "--prompt defé") == texts[0] + "\n"
-    assert run(sample, greedy + "--prompt defé --heads 4") == texts[2] + "\n"
-    assert run(sample, greedy + "--prompt defé --heads 12:10,4:* --samples 2") == f"{texts[3]}\n---\n{texts[3]}\n"
-    compared = run(sample, greedy + "--prompt defé --compare")
+    assert run(sample, greedy) == texts[0] + "\n" and run(sample, greedy + "--heads 4") == texts[2] + "\n"
+    assert run(sample, greedy + "--heads 12:10,4:*") == texts[3] + "\n"
+    compared = run(sample, greedy + "--compare")
     assert all(f"--- {m} heads ---\n{text}\n--- {m} heads: " in compared for m, text in zip((12, 8, 4), texts))
     assert compared.count("tokens/s, 144 bytes of cache per token") == 3    # 2 x (10 + 8) numbers of 4 bytes
+    first, again, other = (run(sample, f"--tokens 30 --seed {seed}") for seed in (1, 1, 2))
+    assert first == again != other
+    stream = [*"é日".encode(), 299, 0xE6]                            # 299 is in no vocabulary, E6 half a character
+    monkeypatch.setattr(GPT, "stream", lambda *a: (torch.tensor([token]) for token in stream))
+    assert run(sample, "--prompt a --tokens 7") == "aé日?\ufffd\n"
 
 
-def test_a_seed_repeats_and_another_one_gives_another_text(run):
-    first, again, other = (run(sample, f"--tokens 30 --samples 2 --seed {seed}") for seed in (1, 1, 2))
-    assert first == again != other and len(set(first.split("\n---\n"))) == 2
-
-
-def test_characters_of_several_tokens_are_written_whole(run, monkeypatch):
-    monkeypatch.setattr(GPT, "stream", lambda *a: (torch.tensor([token]) for token in "é日".encode() + b"\xe6"))
-    assert run(sample, "--prompt a --tokens 6") == "aé日\ufffd\n"
-
-
-def test_a_token_takes_the_bytes_that_the_papers_say(run):
-    numbers = {"deepseek-v3": [70272, 327680, 516096], "paper": [61440, 61440, 40960, 20480, 20480, 10240, 10240]}
-    for preset in numbers:
-        rows = json.loads(run(bench_cache, f"--preset {preset}").splitlines()[-1])["sizes"]
-        assert [row["measured"] for row in rows] == numbers[preset]
-
-
-def test_every_variant_is_timed_beside_mha(run, monkeypatch):
+def test_a_token_takes_the_bytes_that_the_papers_say_and_every_variant_is_timed_beside_mha(run, monkeypatch):
     times = iter(range(1, 99))
     monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
     monkeypatch.setattr(bench_cache, "seconds", lambda call, device: len(call()) and next(times))
-    result = json.loads(run(bench_cache).splitlines()[-1])
-    assert [tuple(row.values())[2:] for row in result["speeds"]] == [
+    published, paper, tiny = (
+        json.loads(run(bench_cache, f"--preset {name}").splitlines()[-1]) for name in ("deepseek-v3", "paper", "tiny"))
+    assert [row["measured"] for row in published["sizes"]] == [70272, 327680, 516096]
+    assert [row["measured"] for row in paper["sizes"]] == [61440, 61440, 40960, 20480, 20480, 10240, 10240]
+    assert [tuple(row.values())[2:] for row in tiny["speeds"]] == [
         ("mha", "", 12, 1, 1), ("gqa", "", 12, 3, 2), ("nested_mha", "full", 4, 5, 3), ("matmla", "naive", 12, 7, None),
         ("matmla", "absorbed", 12, 8, 4.5), ("matmla", "absorbed", 8, 10, 5.5), ("matmla", "absorbed", 4, 12, 6.5)]
     assert Path("out/cache_row.png").stat().st_size > 10000
@@ -84,7 +73,7 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(run):
 
 
 @pytest.mark.parametrize("mistake, words", [
-    ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400", ":*"]), ("--heads 4:*,2:3", ["4:*,2:3"]),
-    ("--prompt=", ["0 tokens"]), ("--prompt a\udcff", ["UTF-8", "udcff"])])
+    ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400"]), ("--heads 4:*,2:3", ["neither"]),
+    ("--prompt=", ["0 tokens"]), ("--prompt a\udcff", ["utf-8", "udcff"])])
 def test_mistakes_are_one_line_and_status_2(mistake, words, run, monkeypatch, capsys):
     refuses(words, sample, monkeypatch, capsys, *mistake.split())
