@@ -97,24 +97,21 @@ def edited(text, edits):
     return text
 
 
-PAIRS, NO_ROPE = "pairs are (x0, x1), (x2, x3), ..., not (x0, x4), (x1, x5), ...", "the keys are not turned by RoPE"
-LAST, LAST_COLUMNS = "these are the last heads, not the first", "W_O is cut to its last columns, not its first"
-SCALE, FIRST = "the softmax scale is 1/√(d_h + d_R), not ", "every part is read with the first budget"
+NO_ROPE, LAST = "the keys are not turned by RoPE", "these are the last heads, not the first"
+LAST_COLUMNS = "W_O is cut to its last columns, not its first"
 
 MISTAKES = {    # exercise: {text of the reference: {what stands there instead: what is wrong with that}}
-    1: {"x[..., 0::2], x[..., 1::2]": {"x.chunk(2, -1)": PAIRS,
-            "x.chunk(2, -1); return torch.cat((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1)": PAIRS},
+    1: {"x[..., 0::2], x[..., 1::2]": {
+            "x.chunk(2, -1); return torch.cat((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1)":
+            "pairs are (x0, x1), (x2, x3), ..., not (x0, x4), (x1, x5), ..."},
         "angle.sin()": {"-angle.sin()": "the pairs turn backwards"},
         "torch.promote_types(x.dtype, torch.float32)": {"x.dtype": "bfloat16 cannot tell late positions apart",
-            "torch.float32": "it is computed in float32, but x is float64"},
-        "(-2 * i /": {"(-i /": "the exponent of the base is -2i/n"}},
+            "torch.float32": "it is computed in float32, but x is float64"}},
     2: {".masked_fill(~past, -torch.inf)": {"": "tokens see those after them"},
         "<= positions[:, None]": {"<= positions[:, None] + 1": "tokens see the one after them",
-            "< positions[:, None].clamp(min=1)": "tokens do not see themselves",
             "<= torch.arange(q.shape[1])[:, None]": "queries stand at positions, not at 0, 1, ..."},
         "_interleave(q.shape[2] // x.shape[2], 2)": {"(1, 1, q.shape[2] // x.shape[2], 1)":
-            "heads take keys in turn, but neighbours share one"}, " * scale": {"": "scores are not scaled"},
-        "softmax(-1), v": {"softmax(-2), v": "softmax goes over the queries, not the keys"}},
+            "heads take keys in turn, but neighbours share one"}, " * scale": {"": "scores are not scaled"}},
     3: {"[: m * width]": {"[-m * width :]": LAST},
         "(m, width))": {"(width, m)).transpose(-1, -2)": "the rows of a head lie next to each other"},
         ".unflatten(-1, (m, width))": {".reshape(len(x), m, -1, width).transpose(1, 2)": "tokens and heads are mixed"},
@@ -122,65 +119,53 @@ MISTAKES = {    # exercise: {text of the reference: {what stands there instead: 
             "heads that were not asked for are computed"}},
     4: {"_K, x, m, self.d_h), positions": {"_K, x, m, self.d_h), 0 * positions": NO_ROPE},
         "_Q, x, m, self.d_h), positions": {"_Q, x, m, self.d_h), 0 * positions": "the queries are not turned by RoPE"},
-        "((k, v), -1)": {"((k, rope(v, positions, self.rope_base)), -1)": "the values are turned by RoPE",
-            "((v, k), -1)": "key and value are swapped"},
         "self.d_h**-0.5": {"1.0": "the softmax scale is 1/√d_h, not 1"},
-        "[:, : m * self.d_h]": {"[:, -m * self.d_h :]": LAST_COLUMNS},
-        ": self.numbers(m)]": {"-self.numbers(m) :]": "the last heads of a row are read, not the first"}},
+        "[:, : m * self.d_h]": {"[:, -m * self.d_h :]": LAST_COLUMNS}},
     5: {"return self.rows[:, :stop]": {"return new": "these are the new rows, not all so far",
             "return self.rows": "this is the whole memory, also what is not in use"},
         "self.length = stop": {"pass": "the new rows are not counted"},
-        "self.length : stop]": {": new.shape[1]]": "the first rows are overwritten"},
-        "batch, capacity, _": {"self.rows = self.rows.clone(); batch, capacity, _": "the rows lie in new memory"}},
+        "self.length : stop]": {": new.shape[1]]": "the first rows are overwritten"}},
     6: {"positions, self.n_kv)": {"positions, self.n_kv).unflatten(-1, (-1, 2, self.d_h)).transpose(2, 3).flatten(2)":
             "all keys stand before all values",
-            "positions, self.n_kv).unflatten(-1, (-1, 2, self.d_h)).flip(3).flatten(2)":
-            "the value stands before its key",
             "positions, self.n_kv).unflatten(-1, (self.n_kv, -1)).repeat_interleave(m // self.n_kv, 2).flatten(2)":
             "heads are to share keys and values, but each has its own", "0 * positions, self.n_kv)": NO_ROPE}},
     7: {"norm_KV(self.W_DKV(x))": {"W_DKV(x)": "the latent is cached before its norm"},
         "rope(k_R, positions": {"rope(k_R, 0 * positions": "k_R is cached before RoPE",
             "rope(k_R, positions - positions[0]": "RoPE starts at 0, not at the tokens' positions"},
-        "(c_KV, k_R)": {"(k_R, c_KV)": "k_R stands before c_KV",
-            "(rope(c_KV[:, :, None], positions, self.rope_base)[:, :, 0], k_R)": "the latent is turned by RoPE, too"}},
+        "(c_KV, k_R)": {"(k_R, c_KV)": "k_R stands before c_KV"}},
     8: {"norm_Q(self.W_DQ(x))": {"W_DQ(x)": "the latent of the queries is not normed"},
         "rope(q_R, positions": {"rope(q_R, 0 * positions": "q_R is not turned by RoPE"},
         "return q_C": {"return rope(q_C, positions, self.rope_base)": "q_C is turned by RoPE, too"},
-        "c_Q, m, self.d_h)": {"c_Q, self.n_h, self.d_h)[:, :, -m:]": LAST},
-        "c_Q, m, self.d_R)": {"c_Q, self.n_h, self.d_R)[:, :, -m:]": LAST}},
-    9: {"v_C, positions, self.scale": {"v_C, positions, self.d_h**-0.5": SCALE + "1/√d_h",
-            "v_C, positions, 1.0": SCALE + "1"},
+        "c_Q, m, self.d_h)": {"c_Q, self.n_h, self.d_h)[:, :, -m:]": LAST}},
+    9: {"v_C, positions, self.scale": {"v_C, positions, self.d_h**-0.5":
+            "the softmax scale is 1/√(d_h + d_R), not 1/√d_h"},
         "self.d_R), -1)": {"self.d_R), -1); c_KV = self.norm_KV(c_KV)": "the latent is normed again"},
         "k_R.unsqueeze(2)": {"rope(k_R.unsqueeze(2), torch.arange(rows.shape[1]), self.rope_base)":
             "k_R is turned by RoPE again, though it was before it was cached"},
-        "K, c_KV, m, self.d_h)": {"K, c_KV, self.n_h, self.d_h)[:, :, -m:]": "keys are of the last heads"},
         "[:, : m * self.d_h]": {"[:, -m * self.d_h :]": LAST_COLUMNS}},
-    10: {"_c], positions, self.scale": {"_c], positions, q.shape[-1]**-0.5": SCALE + "1/√(d_c + d_R), here too",
-             "_c], positions, self.d_h**-0.5": SCALE + "1/√d_h, here too"},
+    10: {"_c], positions, self.scale": {"_c], positions, q.shape[-1]**-0.5":
+             "the softmax scale is 1/√(d_h + d_R), not 1/√(d_c + d_R), here too"},
          "q_C, W_UK)": {"q_C, W_UV)": "the query goes into the latent through W_UK, not W_UV"},
          "o, W_UV)": {"o, W_UK)": "what was read comes out of the latent through W_UV, not W_UK"},
          "d_h))[:m]": {"d_h))[-m:]": LAST}},
     11: {"(cache.length if cache else 0)": {"0": "with a cache, positions go on from its length"},
-         "len(x), most)": {"len(x), most); budgets = (max(budgets),)": "every part is read with the largest budget",
-             "len(x), most)[:1]": FIRST}, "cat(parts)": {"cat(parts[::-1])": "the parts come back in another order"},
+         "len(x), most)": {"len(x), most); budgets = (max(budgets),)": "every part is read with the largest budget"},
          "return model(": {"return len(budgets) * model(": "this is the sum of the parts' losses, not their mean"},
-         "tuple(budgets)": {"budgets[0]": FIRST}, "model(tokens, targets, heads=tuple(budgets))[1]": {
+         "tuple(budgets)": {"budgets[0]": "every part is read with the first budget"},
+         "model(tokens, targets, heads=tuple(budgets))[1]": {
              "sum(model(*x, m)[1] / 3 for *x, m in zip(tokens.split(2), targets.split(2), budgets))":
              "the model runs once for every part"}},
-    12: {"return m * 2": {"return m": "a head leaves its key, and its value",
-             "return self.n_h * 2": "of m heads, m leave something"},
+    12: {"return m * 2": {"return m": "a head leaves its key, and its value"},
          "return self.n_kv * 2": {"return m * 2": "groups leave keys and values, not heads"},
          "return self.d_c + self.d_R": {"return self.d_c": "k_R is cached, too",
-             "return m * (self.d_c + self.d_R)": "all heads share one latent",
-             "return 2 * self.d_c + self.d_R": "keys and values share one latent"}},
+             "return m * (self.d_c + self.d_R)": "all heads share one latent"}},
     13: {"d_c * d_h / (d_c - d_h)": {"d_c * d_h / (d_c - d_h) / 2": "both k_C and v_C have to be made",
-             "d_c * d_h / (d_c - d_h) * 2": "scores and sums are to be counted, whichever way",
-             "d_h": "keys and values have to be used, too, once they are made"},
+             "d_c * d_h / (d_c - d_h) * 2": "scores and sums are to be counted, whichever way"},
          'float("inf")': {"0": "a latent no wider than a head is always the cheaper"}},
     14: {"slice(n) for": {"slice(-n, None) for": LAST,
              "slice(*(-n, None) if 'W_O' in name else (n,)) for": LAST_COLUMNS},
          "p.copy_(": {"p.dim() == 2 and p.copy_(": "the norms are not those of the model"}},
 }
-WRONG = {}    # exercise: [(what is wrong, text of the reference, what stands there instead)]
-for number, places in MISTAKES.items():
-    WRONG[number] = [(why, old, new) for old, wrong in places.items() for new, why in wrong.items()]
+WRONG = {    # exercise: [(what is wrong, text of the reference, what stands there instead)]
+    number: [(why, old, new) for old, wrong in places.items() for new, why in wrong.items()]
+    for number, places in MISTAKES.items()}
