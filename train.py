@@ -253,11 +253,11 @@ def train(args):
     tokens, held_out = read_tokens(prepare(*source), args.context, args.vocab_size)
     size, per_step = sum(p.numel() for p in model.parameters()), args.batch * args.context
     began, marks = time.perf_counter() - before, []                         # marks: the time at every 10th step
+    if master:
+        print(f"{args.attention}, {size:,} parameters, heads {args.budgets}, {world} x {device.type}; "
+              f"{len(tokens):,} tokens to train on, {len(held_out):,} held out", flush=True)
     bar = tqdm(total=args.steps * per_step, initial=first * per_step, unit="tok", unit_scale=True, dynamic_ncols=True,
                disable=None if master else True)
-    if master:
-        bar.write(f"{args.attention}, {size:,} parameters, heads {args.budgets}, {world} x {device.type}; "
-                  f"{len(tokens):,} tokens to train on, {len(held_out):,} held out")
 
     def look_and_save(step):
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -275,7 +275,8 @@ def train(args):
         save(path, config=vars(model.config), settings=settings, encoding=args.encoding, step=step, seconds=seconds,
              model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], log=log)
         losses = ", ".join(f"{loss:.3f} at {m} heads" for m, loss in losses.items())
-        bar.write(f"step {step}: held-out loss {losses}" + (f" ({speed:,.0f} tokens/s)" if speed else ""))
+        pace = f" ({speed:,.0f} tokens/s)" if speed else ""
+        bar.write(f"step {step}: held-out loss {losses}{pace}", nolock=True)    # Ctrl-C in its lock is a traceback
 
     if first == 0:
         look_and_save(0)

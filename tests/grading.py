@@ -5,8 +5,6 @@ import functools
 import traceback
 import types
 
-import torch
-
 import exercises
 
 AT_THE_END = '''
@@ -62,31 +60,6 @@ def obstacle(answers, file):
         lines = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == file]
         line = getattr(failure, "lineno", None) or [1, *lines][-1]
         return f"{file}:{line}: {type(failure).__name__}: {getattr(failure, 'msg', failure)}"
-
-
-def difference(found, expected):
-    """What is wrong with `found`, or None."""
-    if not isinstance(expected, torch.Tensor):
-        return None if found == expected else "not so" if expected is True else f"{found}, but {expected} is right"
-    if not isinstance(found, torch.Tensor):
-        return f"{found}, but a tensor is right"
-    for what, x, right in ("shape", [*found.shape], [*expected.shape]), ("dtype", found.dtype, expected.dtype):
-        if x != right:
-            return f"the {what} is {x}, but {right} is right"
-    a, b = found.double(), expected.double()
-    off = ((a - b).norm() / b.norm()).item() if a.ne(b).any() else 0
-    if off < {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.01}[expected.dtype]:
-        return None
-    if off < 1e-6:
-        return f"off by {off:.1e}, as if it were computed in float32"
-    factor = ((a * b).sum() / (b * b).sum()).item()
-    if (a - factor * b).norm() < 1e-6 * a.norm():
-        return f"it is {factor:.4g} times what is right"
-    where = []
-    for axis, name in enumerate(("sequence", "token", "head")[: a.dim() - 1]):
-        places = ((a - b).abs() > 1e-6).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
-        where += [f"{name} {', '.join(map(str, places))}"] if len(places) < a.shape[axis] else []
-    return f"off by {off:.1e}, in {' and '.join(where) or 'every token'}"
 
 
 def edited(text, edits):

@@ -61,6 +61,9 @@ def test_command_line_writes_once_without_an_answer_and_grades_what_is_there(tmp
         exercises.main()
     assert mine.read_text("utf-8") == BLANK and capsys.readouterr().err.count("\n") == 1
     assert not [answer for answer in ("d_c * ", "W_UKᵀ q_C)", "groupby(", "heads=tuple(") if answer in BLANK]
+    train = f'"{sys.executable}" "{exercises.HERE}/train.py" --tokens 300000 >/dev/null'
+    said = subprocess.getstatusoutput(f'cd "{tmp_path}" && MATMLA=mine PYTHONPATH=. {train}')
+    assert said == (2, "train.py: exercise 11: the mixed objective")
     mine.write_text(BLANK + AT_THE_END, "utf-8")
     status, said = subprocess.getstatusoutput(command)
     assert "half done, Attention.forward still to be written" in said and said.endswith("3 of 14 done")

@@ -23,7 +23,7 @@ def test_every_file_and_line_is_at_most_as_long_as_it_may_be():
     most = {f"{name}.py": size for name, (size, _) in HOUSE.items()}
     other = {"test_matmla.py": 650, "README.md": 260, "RESULTS.md": 300, "TEACHING.md": 120, "conftest.py": 30}
     assert not {name: sizes[name] for name, size in (most | other).items() if sizes[name] > size}
-    assert sum(sizes[name] for name in most) <= 2500 and sum(sizes[name] for name in tests) <= 1123
+    assert sum(sizes[name] for name in most) <= 2500 and sum(sizes[name] for name in tests) <= 1040
     assert sizes.keys() <= {*most, *other, *tests, "my_matmla.py"}
     for name in (name for name in LINES if name.endswith(".py")):
         assert max(map(len, LINES[name])) <= (110 if name == "matmla.py" else 120), name

@@ -17,7 +17,7 @@ import transmla
 from data import END, get_encoding, prepare, read_tokens
 from matmla import ATTENTION, Config
 from test_matmla import TIGHT, chunked, error, make, randomized, some_tokens
-from tests.test_train import log_of, main_of, refuses
+from tests.test_scripts import log_of, main_of, refuses
 
 TOKENS = torch.randint(266, (2, 40), generator=torch.Generator().manual_seed(1))
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), " a", "ab", "abb", " ", "a", "b", "▁"]

@@ -1,4 +1,4 @@
-"""Tests of train.py and report.py: the recipe against a plain loop, interrupted and shared runs, tables, mistakes."""
+"""Tests of train.py, report.py, sample.py and bench_cache.py: the recipe, runs and their tables, texts, mistakes."""
 
 import functools
 import json
@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import common    # the first of ours
+import bench_cache    # the first of ours
+import common
 import report
+import sample
 import train
-from matmla import GPT
+from matmla import GPT, Config
+from test_matmla import randomized
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other,
 os.environ["OMP_NUM_THREADS"] = "1"    # also in the processes that tests start
@@ -87,13 +90,11 @@ def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
 
 
 def test_training_flops_count_only_the_heads_that_are_computed():
-    def cost(flags):
-        return train.flops_per_token(train.settings(["--context", "32", *flags.split()])[1])
-
-    fixed = [cost(f"--attention mla --n-h {m}") for m in (12, 8, 4)]
-    assert fixed[0] > fixed[1] > fixed[2] and cost("--objective sum") == pytest.approx(sum(fixed))
-    assert cost("") == cost("--objective sample") == cost("--micro-batch 2") == pytest.approx(sum(fixed) / 3)
-    assert cost("--shares 1,1,2 --batch 6") == pytest.approx((fixed[0] + fixed[1] + 2 * fixed[2]) / 4)
+    cost = lambda flags: train.flops_per_token(train.settings(["--context", "32", *flags.split()])[1])
+    a, b, c = (cost(f"--attention mla --n-h {m}") for m in (12, 8, 4))
+    assert a > b > c and cost("--objective sum") == pytest.approx(a + b + c)
+    assert cost("") == cost("--objective sample") == cost("--micro-batch 2") == pytest.approx((a + b + c) / 3)
+    assert cost("--shares 1,1,2 --batch 6") == pytest.approx((a + b + 2 * c) / 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -153,7 +154,9 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
 def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeypatch):
     """All that is saved is equal to the last bit, but for the time it took."""
     stopped = Path(f"stopped{status}")
-    process = subprocess.Popen([*TRAIN, *SMALL, "--out", stopped], stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # also if pytest runs in the background
+    command = [*TRAIN, *SMALL, "--out", stopped]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not (stopped / "metrics.jsonl").exists() or log_of(stopped)[-1]["step"] < 10:
         assert process.poll() is None
     process.send_signal(end)
@@ -229,14 +232,6 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(there, mon
     assert kept.read_bytes() == before and not list(kept.parent.glob("*.partial"))
 
 
-def test_an_unfinished_exercise_is_one_line(tmp_path):
-    answer = "from matmla import *\ndef GPT(config): raise NotImplementedError('exercise 14: GPT.step')"
-    (tmp_path / "mine.py").write_text(answer)
-    env = os.environ | {"MATMLA": "mine", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([*TRAIN, *SMALL], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "train.py: exercise 14: GPT.step\n"
-
-
 @pytest.mark.parametrize("command, words", [
     ("--step 4", ["--step"]), ("--seed -1", ["--seed", "-1"]), ("--steps many", ["--steps", "positive", "many"]),
     ("--budgets 16,4", ["(16, 4)", "12"]), ("--budgets 4,12", ["(4, 12)", "largest first"]),
@@ -246,11 +241,72 @@ def test_an_unfinished_exercise_is_one_line(tmp_path):
     ("--resume --out untrained", ["untrained", "--init"]), ("--resume --out old", ["another version", "qkv_bias"]),
     ("--init out/checkpoint.pt", ["another --out"]), ("--init out/metrics.jsonl --out new", ["out/metrics.jsonl"]),
     ("--init out/checkpoint.pt --out new --d 48", ["out/checkpoint.pt", "24", "48"]),
-    ("--init untied/checkpoint.pt --out new --tie", ["untied/checkpoint.pt", "--tie"])])
+    ("--init untied/checkpoint.pt --out new --tie", ["untied/checkpoint.pt", "--tie"]), ("--prompt=", ["0 tokens"]),
+    ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400"]), ("--heads 4:*,2:3", ["neither"]),
+    ("--prompt a\udcff", ["utf-8", "udcff"])])
 def test_mistakes_are_one_line_and_status_2(command, words, there, monkeypatch, capsys):
     saved = torch.load("out/checkpoint.pt", weights_only=True)
     for name, change in {"untrained": {"optimizers": []}, "untied": {"config": saved["config"] | {"tie": False}},
                          "old": {"config": saved["config"] | {"qkv_bias": False}}}.items():
         Path(name).mkdir(exist_ok=True)
         torch.save(saved | change, f"{name}/checkpoint.pt")
-    refuses(words, train, monkeypatch, capsys, *command.split())
+    script = sample if command.startswith(("--heads", "--prompt")) else train
+    refuses(words, script, monkeypatch, capsys, *command.split())
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """What a script prints in a folder with a run: weights so large that budgets differ, and random held-out text."""
+    def run(script, arguments):
+        main_of(script, monkeypatch, "--device", "cpu", *arguments.split())
+        return capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    config = Config(n_layer=2, d=24, d_h=4, d_c=10, d_cq=14, d_ff=32, context=40)
+    run.model, run.text = randomized(GPT(config)), torch.randint(257, (999,))
+    for name in "train.bin", "val.bin":
+        run.text.numpy().astype("uint16").tofile(name)
+    common.save(Path("out/checkpoint.pt"), config=vars(config), settings=dict(data=".", tokens=0), encoding="bytes",
+                step=0, model=run.model.state_dict(), optimizers=[], log=[])
+    return run
+
+
+def test_sample_writes_the_models_own_generation_and_whole_characters_and_repeats_with_its_seed(run, monkeypatch):
+    prompt, greedy = torch.tensor([list("defé".encode())]), "--temperature 0 --tokens 50 --prompt defé "
+    new = [run.model.generate(prompt, 50, m, temperature=0)[0].tolist() for m in (12, 8, 4, [12] * 10 + [4] * 40)]
+    texts = [common.get_encoding("bytes").decode(tokens) for tokens in new]
+    assert len(set(texts)) == 4                                     # else it would not matter which one is written
+    assert run(sample, greedy) == texts[0] + "\n" and run(sample, greedy + "--heads 4") == texts[2] + "\n"
+    assert run(sample, greedy + "--heads 12:10,4:*") == texts[3] + "\n"
+    compared = run(sample, greedy + "--compare")
+    assert all(f"--- {m} heads ---\n{text}\n--- {m} heads: " in compared for m, text in zip((12, 8, 4), texts))
+    assert compared.count("tokens/s, 144 bytes of cache per token") == 3    # 2 x (10 + 8) numbers of 4 bytes
+    first, again, other = (run(sample, f"--tokens 30 --seed {seed}") for seed in (1, 1, 2))
+    assert first == again != other
+    stream = [*"é日".encode(), 299, 0xE6]                            # 299 is in no vocabulary, E6 half a character
+    monkeypatch.setattr(GPT, "stream", lambda *a: (torch.tensor([token]) for token in stream))
+    assert run(sample, "--prompt a --tokens 7") == "aé日?\ufffd\n"
+
+
+def test_a_token_takes_the_bytes_that_the_papers_say_and_every_variant_is_timed_beside_mha(run, monkeypatch):
+    times = iter(range(1, 99))
+    monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
+    monkeypatch.setattr(bench_cache, "seconds", lambda call, device: len(call()) and next(times))
+    published, paper, tiny = (
+        json.loads(run(bench_cache, f"--preset {name}").splitlines()[-1]) for name in ("deepseek-v3", "paper", "tiny"))
+    assert [row["measured"] for row in published["sizes"]] == [70272, 327680, 516096]
+    assert [row["measured"] for row in paper["sizes"]] == [61440, 61440, 40960, 20480, 20480, 10240, 10240]
+    assert [tuple(row.values())[2:] for row in tiny["speeds"]] == [
+        ("mha", "", 12, 1, 1), ("gqa", "", 12, 3, 2), ("nested_mha", "full", 4, 5, 3), ("matmla", "naive", 12, 7, None),
+        ("matmla", "absorbed", 12, 8, 4.5), ("matmla", "absorbed", 8, 10, 5.5), ("matmla", "absorbed", 4, 12, 6.5)]
+    assert Path("out/cache_row.png").stat().st_size > 10000
+
+
+@torch.no_grad()
+def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(run):
+    table = json.loads(run(bench_cache, "--switch out").splitlines()[-1])["perplexity"]["out"]
+    windows = torch.stack([run.text[int(i * 958 / 127) :][:41] for i in range(128)])
+    for m in (12, 8, 4):                                            # both halves at m heads: one plain pass
+        loss = run.model.loss(run.model(windows[:, :-1], heads=m)[0][:, 20:], windows[:, 21:])
+        assert table[str(m)][str(m)] == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert len({value for row in table.values() for value in row.values()}) == 9
