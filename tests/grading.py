@@ -83,8 +83,7 @@ MISTAKES = {    # exercise: {text of the reference: {what stands there instead: 
     2: {".masked_fill(~past, -torch.inf)": {"": "tokens see those after them"},
         "<= positions[:, None]": {"<= positions[:, None] + 1": "tokens see the one after them",
             "<= torch.arange(q.shape[1])[:, None]": "queries stand at positions, not at 0, 1, ..."},
-        "_interleave(q.shape[2] // x.shape[2], 2)": {"(1, 1, q.shape[2] // x.shape[2], 1)":
-            "heads take keys in turn, but neighbours share one"}, " * scale": {"": "scores are not scaled"}},
+        " * scale": {"": "scores are not scaled"}},
     3: {"[: m * width]": {"[-m * width :]": LAST},
         "(m, width))": {"(width, m)).transpose(-1, -2)": "the rows of a head lie next to each other"},
         ".unflatten(-1, (m, width))": {".reshape(len(x), m, -1, width).transpose(1, 2)": "tokens and heads are mixed"},
@@ -94,8 +93,7 @@ MISTAKES = {    # exercise: {text of the reference: {what stands there instead: 
         "_Q, x, m, self.d_h), positions": {"_Q, x, m, self.d_h), 0 * positions": "the queries are not turned by RoPE"},
         "self.d_h**-0.5": {"1.0": "the softmax scale is 1/√d_h, not 1"},
         "[:, : m * self.d_h]": {"[:, -m * self.d_h :]": LAST_COLUMNS}},
-    5: {"return self.rows[:, :stop]": {"return new": "these are the new rows, not all so far",
-            "return self.rows": "this is the whole memory, also what is not in use"},
+    5: {"return self.rows[:, :stop]": {"return new": "these are the new rows, not all so far"},
         "self.length = stop": {"pass": "the new rows are not counted"},
         "self.length : stop]": {": new.shape[1]]": "the first rows are overwritten"}},
     6: {"positions, self.n_kv)": {"positions, self.n_kv).unflatten(-1, (-1, 2, self.d_h)).transpose(2, 3).flatten(2)":
@@ -104,15 +102,12 @@ MISTAKES = {    # exercise: {text of the reference: {what stands there instead: 
             "heads are to share keys and values, but each has its own", "0 * positions, self.n_kv)": NO_ROPE}},
     7: {"norm_KV(self.W_DKV(x))": {"W_DKV(x)": "the latent is cached before its norm"},
         "rope(k_R, positions": {"rope(k_R, 0 * positions": "k_R is cached before RoPE",
-            "rope(k_R, positions - positions[0]": "RoPE starts at 0, not at the tokens' positions"},
-        "(c_KV, k_R)": {"(k_R, c_KV)": "k_R stands before c_KV"}},
+            "rope(k_R, positions - positions[0]": "RoPE starts at 0, not at the tokens' positions"}},
     8: {"norm_Q(self.W_DQ(x))": {"W_DQ(x)": "the latent of the queries is not normed"},
         "rope(q_R, positions": {"rope(q_R, 0 * positions": "q_R is not turned by RoPE"},
-        "return q_C": {"return rope(q_C, positions, self.rope_base)": "q_C is turned by RoPE, too"},
         "c_Q, m, self.d_h)": {"c_Q, self.n_h, self.d_h)[:, :, -m:]": LAST}},
     9: {"v_C, positions, self.scale": {"v_C, positions, self.d_h**-0.5":
             "the softmax scale is 1/√(d_h + d_R), not 1/√d_h"},
-        "self.d_R), -1)": {"self.d_R), -1); c_KV = self.norm_KV(c_KV)": "the latent is normed again"},
         "k_R.unsqueeze(2)": {"rope(k_R.unsqueeze(2), torch.arange(rows.shape[1]), self.rope_base)":
             "k_R is turned by RoPE again, though it was before it was cached"},
         "[:, : m * self.d_h]": {"[:, -m * self.d_h :]": LAST_COLUMNS}},
@@ -124,7 +119,6 @@ MISTAKES = {    # exercise: {text of the reference: {what stands there instead: 
     11: {"(cache.length if cache else 0)": {"0": "with a cache, positions go on from its length"},
          "len(x), most)": {"len(x), most); budgets = (max(budgets),)": "every part is read with the largest budget"},
          "return model(": {"return len(budgets) * model(": "this is the sum of the parts' losses, not their mean"},
-         "tuple(budgets)": {"budgets[0]": "every part is read with the first budget"},
          "model(tokens, targets, heads=tuple(budgets))[1]": {
              "sum(model(*x, m)[1] / 3 for *x, m in zip(tokens.split(2), targets.split(2), budgets))":
              "the model runs once for every part"}},

@@ -21,12 +21,15 @@ TREES = {name: ast.parse("\n".join(LINES[f"{name}.py"])) for name in HOUSE}
 def test_every_file_and_line_is_at_most_as_long_as_it_may_be():
     sizes, tests = {name: len(lines) for name, lines in LINES.items()}, [path.name for path in HERE.glob("tests/*.py")]
     most = {f"{name}.py": size for name, (size, _) in HOUSE.items()}
-    other = {"test_matmla.py": 650, "README.md": 260, "RESULTS.md": 300, "TEACHING.md": 120, "conftest.py": 30}
+    other = {"test_matmla.py": 650, "README.md": 260, "RESULTS.md": 300, "TEACHING.md": 120, "conftest.py": 30,
+             "grading.py": 140}
     assert not {name: sizes[name] for name, size in (most | other).items() if sizes[name] > size}
-    assert sum(sizes[name] for name in most) <= 2500 and sum(sizes[name] for name in tests) <= 1040
+    assert sum(sizes[name] for name in most) <= 2500 and sum(sizes[name] for name in tests) <= 900 + 140
     assert sizes.keys() <= {*most, *other, *tests, "my_matmla.py"}
     for name in (name for name in LINES if name.endswith(".py")):
         assert max(map(len, LINES[name])) <= (110 if name == "matmla.py" else 120), name
+    lengths = {node.name: node.end_lineno - node.lineno for node in TREES["matmla"].body if hasattr(node, "bases")}
+    assert max(map(lengths.get, ("MHA", "NestedMHA", "GQA", "Latent", "MLA", "MatMLA"))) < 45, "more than one screen"
 
 
 def test_imports_between_our_files_go_down_only():
@@ -35,11 +38,6 @@ def test_imports_between_our_files_go_down_only():
         imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert imported & HOUSE.keys() <= set(below.split()), name
-
-
-def test_an_attention_fits_one_screen():
-    sizes = {node.name: node.end_lineno - node.lineno + 1 for node in TREES["matmla"].body if hasattr(node, "bases")}
-    assert all(sizes[name] <= 45 for name in ("MHA", "NestedMHA", "GQA", "Latent", "MLA", "MatMLA")), sizes
 
 
 def test_the_readme_shows_what_the_walkthrough_prints_on_two_screens(capsys):
