@@ -29,7 +29,7 @@ def draw_losses(runs, path):
     """Draw the losses of runs against steps, and how far they are behind those of the first run at all its heads."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    firsts = {}
+    firsts = {}                                                     # losses of the first run: batches, held out
     for run in runs:
         lines = {"batches": {}}                                     # {name: {step: loss}}
         for entry in read_log(run):
@@ -38,10 +38,9 @@ def draw_losses(runs, path):
             for m, loss in entry.get("val_loss", {}).items():
                 lines.setdefault(f"held out, {m} heads", {})[entry["step"]] = loss
         for name, losses in lines.items():
-            of_batches = name == "batches"
-            style = {"linewidth": 0.5} if of_batches else {"marker": "."}
+            style = {"linewidth": 0.5} if name == "batches" else {"marker": "."}
             left.plot(losses.keys(), losses.values(), label=f"{run.name}: {name}", **style)
-            first = firsts.setdefault(of_batches, losses)
+            first = firsts.setdefault(name == "batches", losses)
             behind = {step: losses[step] - first[step] for step in losses if step in first}
             right.plot(behind.keys(), behind.values(), **style)
     final = [line.get_ydata()[-1] for line in left.lines]

@@ -272,7 +272,8 @@ def transmla(args):
     for d_c, d_R in sizes:
         if d_R % gqa.d_h or d_R > full or not 1 <= d_c <= 2 * full - d_R:
             raise ValueError(f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c {d_c} in 1..{2*full - d_R}")
-    original, text = build(gqa, old, device=device), torch.randint(gqa.vocab_size, (1, min(256, gqa.context)))
+    shape, original = (1, min(256, gqa.context)), build(gqa, old, device=device)
+    text = torch.randint(gqa.vocab_size, shape, device=device)
     if encoding:
         text, other = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context).to(device)
         order = args.budgets and importance(original, other).argsort(descending=True).tolist()
@@ -280,7 +281,7 @@ def transmla(args):
     elif sizes or args.budgets:
         raise ValueError(f"{args.model} has no tokenizer, so no text can tell which keys or heads matter")
     new = to_mla(old, gqa, mla, order)
-    check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)].cpu())
+    check(theirs, gqa, old, mla, new, text[:1, : shape[1]].cpu())
 
     def rows(name, c, weights):
         model = build(c, weights, device=device)
