@@ -1,6 +1,7 @@
 """The house: every file small enough to be read, imports between ours in one direction, a README that is true."""
 
 import ast
+import re
 import textwrap
 from pathlib import Path
 
@@ -45,4 +46,7 @@ def test_the_readme_shows_what_the_walkthrough_prints_on_two_screens(capsys):
     printed = capsys.readouterr().out
     shown = "\n".join(LINES["README.md"]).split("a right angle:\n\n")[1].split("\n\n## ")[0]
     assert textwrap.dedent(shown) in printed
+    named = {name for file in ("README.md", "RESULTS.md", "TEACHING.md") for line in LINES[file]
+             for name in re.findall(r"[\w/]+\.py\b", line)}
+    assert not [name for name in named - {"my_matmla.py"} if not (HERE / name).exists()]
     assert len(printed.splitlines()) <= 80 and max(map(len, printed.splitlines())) <= 100
