@@ -460,7 +460,7 @@ def difference(found, expected):
         return f"it is {factor:.4g} times what is right"
     where = []
     for axis, name in enumerate(("sequence", "token", "head")[: a.dim() - 1]):
-        places = ((a - b).abs() > 1e-6).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
+        places = (~((a - b).abs() <= 1e-6)).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
         where += [f"{name} {', '.join(map(str, places))}"] if len(places) < a.shape[axis] else []
     return f"off by {off:.1e}, in {' and '.join(where) or 'every token'}"
 

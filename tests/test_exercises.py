@@ -9,7 +9,7 @@ import pytest
 
 import exercises
 import test_matmla as proofs
-from tests.grading import AT_THE_END, MATMLA, REFERENCE, WRONG, edited
+from tests.grading import AT_THE_END, MATMLA, REFERENCE, WRONG, edited, load
 
 BLANK = exercises.blank(MATMLA)
 ANSWERS = exercises.definitions(ast.parse(AT_THE_END + MATMLA))    # attend is that of matmla.py, not of REFERENCE
@@ -19,6 +19,8 @@ GRADED = [(number, *wrong) for number in WRONG for wrong in WRONG[number]] + [  
     (3, "the shape is [2, 11, 60], but [2, 11, 6, 10] is right", ".unflatten(-1, (m, width))", ""),
     (3, "None, but a tensor is right", "return F.linear(x, W.weight[", "F.linear(x, W.weight["),
     (9, "'Tensor' object has no attribute 'chop'", "c_KV, k_R = rows.split(", "c_KV, k_R = rows.chop("),
+    (9, "`attend`, which got what this returned", "attend(q, k, v_C", "attend(q, k[..., :3], v_C"),
+    (7, "off by nan, in token 0", "k_R = to_heads(self.W_KR", "c_KV[:, 0] = torch.nan; k_R = to_heads(self.W_KR"),
     (10, "less than half", "q_C, q_R = self.queries(x, positions, m)\n", "return self.read(x, rows, positions, m)\n"),
 ]
 
@@ -30,7 +32,8 @@ def test_wrong_answers_fail_with_a_line_and_what_is_wrong_in_words(case):
     with pytest.raises(pytest.fail.Exception, match=re.escape(words)) as failure:
         proofs.grade(number, answers)
     line = re.match(rf"my_matmla.py:(\d+): exercise {number}, ", str(failure.value))[1]
-    assert ("rows.chop(" if "chop" in words else "def ") in answers.splitlines()[int(line) - 1]
+    where = next((new for new in ("rows.chop(", "k[..., :3]") if new in answers), "def ")
+    assert where in answers.splitlines()[int(line) - 1]
 
 
 @pytest.mark.parametrize("number, functions", [*enumerate(exercises.EXERCISES.values(), 1)])
@@ -38,6 +41,7 @@ def test_reference_passes_and_each_answer_put_back_into_the_blank_passes_alone(n
     tree = ast.parse(BLANK)
     for name in functions:
         exercises.definitions(tree)[name].body = ANSWERS[name].body
+    assert load(REFERENCE).absorb_below(512, 128) == 512 / 3    # DeepSeek-V3's
     proofs.grade(number, REFERENCE)
     proofs.grade(number, ast.unparse(tree))
 
