@@ -86,11 +86,13 @@ def evaluate(model, tokens, count, prefix=None):
     losses, first, cache = dict.fromkeys(model.config.budgets, 0.0), context // 2 if prefix else 0, None
     for some in np.array_split(starts, math.ceil(count / 16)):
         x, y = windows(tokens, some, context, device)
-        for m in losses:
-            with mixed_precision(device):
-                if prefix:
-                    cache = model.new_cache(len(x), context)
-                    model.hidden(x[:, :first], prefix, cache)
+        with mixed_precision(device):
+            if prefix:
+                cache = model.new_cache(len(x), context)
+                model.hidden(x[:, :first], prefix, cache)
+            for m in losses:
+                for layer in cache or ():
+                    layer.length = first                                    # forget what the last m has read
                 losses[m] += model(x[:, first:], y[:, first:], m, cache)[1].item() * len(x) / count
     return losses
 

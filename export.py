@@ -67,7 +67,7 @@ def to_transformers(model, m, end=None):
     else:
         translate, theirs = llama, LlamaForCausalLM(LlamaConfig(**sizes, head_dim=c.d_h))
     ours = model.state_dict()
-    weights = {name: ours[rename(name)] for name in theirs.state_dict() if rename(name) in ours}
+    weights = {name: ours[rename(name)] for name in theirs.state_dict() if rename(name) in ours}    # and attention's:
     for i, block in enumerate(model.blocks):
         own = {name.removesuffix(".weight"): weight for name, weight in block.attention.state_dict().items()}
         weights |= {f"model.layers.{i}.self_attn.{name}.weight": W for name, W in translate(own, c, m).items()}

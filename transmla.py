@@ -31,8 +31,7 @@ import torch.nn.functional as F
 import transformers
 from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 
-from common import (    # the first of ours: it decides which file is matmla
-    Parser, check_budgets, integers, perplexity, pick_device, positive, print_row, save)
+from common import Parser, check_budgets, integers, perplexity, pick_device, positive, print_row, save   # first of ours
 import matmla
 from data import encode, get_encoding
 from matmla import GPT, Config
@@ -167,7 +166,7 @@ def layer_to_mla(W_Q, W_K, W_V, W_O, gqa, c, heads, moment):
     Q = W_Q.unflatten(0, (n_h, -1, 2))[heads]                           # [h,f,p,i]
     K = W_K.unflatten(0, (n_kv, -1, 2))                                 # [g,f,p,i]
 
-    # RoRoPE. q·k is a sum over frequencies, and at one frequency RoPE turns the pairs of all keys by the same angle. An
+    # RoRoPE. q·k is a sum over frequencies, and at one frequency RoPE turns the pairs of all keys by one angle. An
     # orthogonal U_f across the kv heads, one for both numbers of a pair, commutes with that. PCA puts most into slot 0.
     U = torch.eye(n_kv).double().expand(d_h // 2, -1, -1)               # [f,g,s]
     if moment is not None:
@@ -220,7 +219,7 @@ def check(theirs, gqa, old, mla, new, tokens):
 
 
 def second_moments(model, windows):
-    """For every layer of a GQA, the mean over all tokens of x xᵀ, [d+8, d+8], x being what W_K and W_V see; float64."""
+    """For every layer of a GQA, the mean over all tokens of x xᵀ, [d+8, d+8], x being what W_K, W_V see; float64."""
     moments = [0.0] * len(model.blocks)
     for w in windows:
         x = model.embed(w[None, :-1])
@@ -272,8 +271,7 @@ def transmla(args):
     for d_c, d_R in sizes:
         if d_R % gqa.d_h or d_R > full or not 1 <= d_c <= 2 * full - d_R:
             raise ValueError(f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}, d_c {d_c} in 1..{2*full - d_R}")
-    shape, original = (1, min(256, gqa.context)), build(gqa, old, device=device)
-    text = torch.randint(gqa.vocab_size, shape, device=device)
+    original, text = build(gqa, old, device=device), torch.randint(gqa.vocab_size, (1, min(256, gqa.context)))
     if encoding:
         text, other = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context).to(device)
         order = args.budgets and importance(original, other).argsort(descending=True).tolist()
@@ -281,15 +279,15 @@ def transmla(args):
     elif sizes or args.budgets:
         raise ValueError(f"{args.model} has no tokenizer, so no text can tell which keys or heads matter")
     new = to_mla(old, gqa, mla, order)
-    check(theirs, gqa, old, mla, new, text[:1, : shape[1]].cpu())
+    check(theirs, gqa, old, mla, new, text[:1, : min(256, gqa.context)].cpu())
 
     def rows(name, c, weights):
         model = build(c, weights, device=device)
         size = model.new_cache(1, 1).nbytes // 2                        # of float32
         for m in c.budgets:
-            loss = fmean(model(w[None, :-1], w[None, 1:], m)[1].item() for w in text)
+            losses = (model(w[None, :-1], w[None, 1:], m)[1].item() for w in text)    # read only if it is a text
             print_row({"model": f"our {name}", "heads": m, "cache, bytes per token (bfloat16)": size,
-                       f"perplexity of {args.text}": perplexity(loss) if encoding else None}, head=c is gqa)
+                       f"perplexity of {args.text}": perplexity(fmean(losses)) if encoding else None}, head=c is gqa)
 
     rows(f"gqa, n_kv {gqa.n_kv}, d_h {gqa.d_h}", gqa, old)
     rows(f"{kind}, d_c {full}, d_R {full}", mla, new)

@@ -101,19 +101,19 @@ def walk():
 
     print("\n4. Absorb: apply W_UK to every latent, or once to the query.  q·k = q·(W_UK c) = (W_UKᵀ q)·c")
     q = mla.W_UQ(x[2]).view(2, 2)                                                           # [head, 2]
-    carried = torch.einsum("hkc,hk->hc", W_UK, q)
+    carry = torch.einsum("hkc,hk->hc", W_UK, q)
     print(f"   Token 2 asks. In head 1, W_UQ = {text(W_UQ[0])}, so q = W_UQ x = {text(q[0])} and "
-          f"W_UKᵀ q = {text(carried[0])}.")
-    naive, absorbed = torch.einsum("hsk,hk->hs", k, q), carried @ c.T                       # [head, token]
+          f"W_UKᵀ q = {text(carry[0])}.")
+    naive, absorbed = torch.einsum("hsk,hk->hs", k, q), carry @ c.T                       # [head, token]
     table({"k": k[0], "q·k": naive[0], "c": c, "(W_UKᵀ q)·c": absorbed[0]})
     assert same(naive, absorbed)
 
     print("\n5. Put RoPE inside k, and R(s) turns key s, R(2) the query. The score is qᵀ R(s-2) W_UK c, so the")
-    print(f"   query must carry W_UKᵀ R(2-s) q, another vector for every s. One for all, {text(carried[0])}, is wrong:")
+    print(f"   query must carry W_UKᵀ R(2-s) q, another vector for every s. One for all, {text(carry[0])}, is wrong:")
     turned = turn(k[0], angles) @ turn(q[:1], angles[2:])[0]
     needed = turn(q[0].expand(3, 2), angles[2] - angles) @ W_UK[0]
     table({"s": torch.arange(3), "score": turned, "to carry": needed, "score with it": (needed * c).sum(1),
-           f"with {text(carried[0])}": absorbed[0], "off by": (absorbed[0] - turned).abs()})
+           f"with {text(carry[0])}": absorbed[0], "off by": (absorbed[0] - turned).abs()})
     assert same((needed * c).sum(1), turned) and not same(absorbed[0], turned, rounding=1)
 
     print("\n6. Decouple RoPE: position gets a key of its own, cached beside c, and the two scores are added.")

@@ -18,7 +18,8 @@ theirs = to_transformers(model, 12)
 for batch in 1, 8:
     ratios = []
     for turn in range(9):
-        x, cache, other = torch.randint(257, (batch, 250)), model.new_cache(batch, 250), DynamicCache(config=theirs.config)
+        x, cache = torch.randint(257, (batch, 250)), model.new_cache(batch, 250)
+        other = DynamicCache(config=theirs.config)
         with torch.inference_mode():
             model.step(x[:, :200], 12, cache), theirs(x[:, :200], past_key_values=other)
             start = perf_counter()

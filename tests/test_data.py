@@ -99,6 +99,12 @@ def test_one_document_in_200_is_held_out_of_short_ones_the_last_20th_and_no_text
     assert sum(prepared("a.jsonl", len(tokens_of(*some[:2])) + 1), []) == tokens_of(*some[:3]), "limit"
 
 
+def test_of_the_standard_library_one_file_in_20_is_held_out():
+    texts = [path.read_text("utf-8") for path in data.text_files("stdlib")]
+    train, val = prepared("stdlib")
+    assert len(texts) > 300 and val == tokens_of(*texts[::20]) and len(train + val) == len(tokens_of(*texts))
+
+
 def test_half_a_preparation_is_not_taken_for_a_whole_one_and_that_is_not_made_again(monkeypatch):
     write("a.txt", "a text")
     runs, encode, both = [], data.encode, [[*b"a text"], [256]]

@@ -22,8 +22,7 @@ import train
 from matmla import GPT, Config
 from test_matmla import randomized
 
-torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other,
-os.environ["OMP_NUM_THREADS"] = "1"    # also in the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"    # in the processes that tests start; test_matmla says why
 TRAIN = sys.executable, train.__file__
 SMALL = ("--device cpu --tokens 300000 --n-layer 1 --d 24 --d-h 4 --d-c 12 --d-cq 8 --d-R 4 --d-ff 32 --context 32 "
          "--batch 12 --steps 40 --eval-every 10").split()
@@ -123,8 +122,7 @@ def test_more_than_eight_budgets_are_all_compiled_once(monkeypatch):
     for limit in "recompile_limit", "accumulated_recompile_limit":
         monkeypatch.setattr(torch._dynamo.config, limit, 8)                 # put back afterwards
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    budgets = "12,11,10,9,8,7,6,5,4,3,2,1"
-    _, args = train.settings([*SMALL, "--n-layer", "2", "--objective", "sample", "--budgets", budgets])
+    _, args = train.settings([*SMALL, *"--n-layer 2 --objective sample --budgets 12,11,10,9,8,7,6,5,4,3,2,1".split()])
     model = GPT(train.make_config(vars(args)))
     train.compile_parts(model)
     for step in range(14):
@@ -155,8 +153,7 @@ def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeyp
     """All that is saved is equal to the last bit, but for the time it took."""
     stopped = Path(f"stopped{status}")
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # also if pytest runs in the background
-    command = [*TRAIN, *SMALL, "--out", stopped]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen([*TRAIN, *SMALL, "--out", stopped], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not (stopped / "metrics.jsonl").exists() or log_of(stopped)[-1]["step"] < 10:
         assert process.poll() is None
     process.send_signal(end)
@@ -202,8 +199,7 @@ def test_a_run_has_a_row_for_each_budget_and_seeds_share_one_with_their_mean(the
     monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
     main_of(report, monkeypatch, *"run.0 run.1 out --text other.txt --out figures".split())
     left, right = ([dict(zip(*line.get_data())) for line in axes.lines] for axes in drawn)
-    steps = [0, 10, 20, 30, 40]
-    assert [list(line) for line in left] == [list(line) for line in right] == [steps[:4], steps, steps, steps] * 3
+    assert [*map(list, left)] == [*map(list, right)] == [[0, 10, 20, 30], *[[0, 10, 20, 30, 40]] * 3] * 3
     assert (left[1][40], left[6][40], right[6][40]) == (5, 5.2, pytest.approx(0.2)) and not any(right[4].values())
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[3:]]
     assert [(row[0], row[2]) for row in rows] == [(name, m) for name in ("run", "out") for m in ("12", "8", "4")]
