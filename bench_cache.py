@@ -69,10 +69,9 @@ def sizes(models, device):
     return rows
 
 
-def seconds(call, device, n=10):
-    """Of one call, on one thread: the median on a CPU, n in a row on a GPU, which works behind the host's back."""
-    timer = Timer("call()", globals={"call": call})
-    return timer.timeit(n).mean if device.type == "cuda" else timer.blocked_autorange(min_run_time=1).median
+def seconds(call):
+    """Of one call, on one thread: the median of blocks of calls in a row, which take a second together."""
+    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=1).median
 
 
 def attend_all(q, k, v, positions, scale):
@@ -102,7 +101,7 @@ def step_seconds(config, reader, m, batch, length, new, device):
             layer.length = length - new
         return model.step(tokens, m, cache).argmax(-1)
 
-    return seconds(step, device)
+    return seconds(step)
 
 
 def attention_read(c, batch, length, device):
@@ -113,7 +112,7 @@ def attention_read(c, batch, length, device):
     q = torch.randn(batch, 1, c.n_h, k.shape[-1], device=device, dtype=torch.bfloat16)
     read, position = torch.compile(attend_all, dynamic=False), torch.tensor([length - 1], device=device)
     graph, _ = record(lambda: read(q, k, v, position, 0.1), device)
-    return seconds(graph.replay, device, n=1000)
+    return seconds(graph.replay)
 
 
 def speeds(config, device):
@@ -126,7 +125,7 @@ def speeds(config, device):
                ("matmla", "naive", all_heads), *(("matmla", "absorbed", m) for m in config.budgets)]
     if gpu:
         x, y = torch.ones(2, 2**30, dtype=torch.uint8, device=device)
-        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x), device)     # bytes per second: what memory can do
+        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x))     # bytes per second: what memory can do
     print("\nDecoding one token of every sequence, with `length` tokens in the cache; and reading all of them")
     for (batch, length), (name, reader, m) in itertools.product(SHAPES[device.type], readers):
         c = dataclasses.replace(config, attention=name, context=length)

@@ -287,7 +287,7 @@ def test_sample_writes_the_models_own_generation_and_whole_characters_and_repeat
 def test_a_token_takes_the_bytes_that_the_papers_say_and_every_variant_is_timed_beside_mha(run, monkeypatch):
     times = iter(range(1, 99))
     monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
-    monkeypatch.setattr(bench_cache, "seconds", lambda call, device: len(call()) and next(times))
+    monkeypatch.setattr(bench_cache, "seconds", lambda call: len(call()) and next(times))
     published, paper, tiny = (
         json.loads(run(bench_cache, f"--preset {name}").splitlines()[-1]) for name in ("deepseek-v3", "paper", "tiny"))
     assert [row["measured"] for row in published["sizes"]] == [70272, 327680, 516096]
