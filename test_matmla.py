@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import exercises
 import matmla
-from tests.grading import FAR, REFERENCE, WRONG, edited, graft, load, obstacle
+from tests.grading import FAR, REFERENCE, WRONG, graft, load, obstacle
 
 torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
 VARIANTS = "mha", "nested_mha", "gqa", "mla", "matmla"
@@ -467,9 +467,9 @@ def difference(found, expected):
 
 def mistake(number, step, found):
     """In words: the known wrong answer that gives just this, or nothing."""
-    for why, *edits in WRONG[number] if not isinstance(found, bool) else ():
+    for why, *edit in WRONG[number] if not isinstance(found, bool) else ():
         try:
-            _, theirs = next(itertools.islice(looks(number, load(edited(REFERENCE, edits))), step, None))
+            _, theirs = next(itertools.islice(looks(number, load(REFERENCE.replace(*edit))), step, None))
             if difference(found, theirs) is None:
                 return f"{why}: "
         except Exception:    # that one does not come so far

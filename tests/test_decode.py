@@ -64,21 +64,6 @@ def test_there_is_one_graph_per_budget_and_per_doubling_beyond_1024_rows(recorde
     assert set(cache.graphs) == {((6,), 1024), ((4,), 1024), ((6,), 2048)}
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("B, g, S, w, kernel", [
-    (2, 1, 20, 16, True), (2, 2, 132, 16, True), (1, 6, 300, 16, True), (1, 1, 4200, 16, True), (1, 1, 20, 16, False),
-    (2, 2, 20, 12, False), (2, 1, 20, 288, False)])
-def test_attend_one_equals_attend_and_takes_the_kernel_where_that_is_good(B, g, S, w, kernel, monkeypatch):
-    chip = SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: chip)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(decode, "attend" if kernel else "flex_attention", lambda *a, **k: pytest.fail("the wrong one"))
-    q, rows, positions = torch.randn(B, 1, 6, w).bfloat16(), torch.randn(B, S, g, w).bfloat16(), torch.tensor([S - 5])
-    used = rows[:, : S - 4].double()
-    expected = matmla.attend(q.double(), used, used, positions, 0.1)
-    assert error(decode.attend_one(q, rows, rows, positions, 0.1).double(), expected) < 0.01    # bfloat16 has 8 bits
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("attention", matmla.ATTENTION)
 @pytest.mark.parametrize("batch", [1, 40])

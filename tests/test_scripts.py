@@ -47,11 +47,24 @@ def log_of(out):
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """In a folder with a finished run."""
+    """In a folder with a finished run, out; and loud, with weights so large that budgets differ: its model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("there"))
         main_of(train, patch, *SMALL)
-        yield
+        saved = train.load_checkpoint("out/checkpoint.pt")
+        loud = randomized(GPT(Config(**saved["config"] | {"n_layer": 2})))
+        Path("loud").mkdir()
+        torch.save(saved | {"config": vars(loud.config), "model": loud.state_dict()}, "loud/checkpoint.pt")
+        yield loud
+
+
+@pytest.fixture
+def says(there, monkeypatch, capsys):
+    """What a script prints for a line of flags."""
+    def says(script, flags):
+        main_of(script, monkeypatch, *flags.split())
+        return capsys.readouterr().out
+    return says
 
 
 @pytest.mark.parametrize("objective", ["mixed", "sum", "sample"])
@@ -179,38 +192,31 @@ def test_two_processes_train_like_one(there):
     torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=1e-3)
 
 
-def test_a_run_has_a_row_for_each_budget_and_seeds_share_one_with_their_mean(there, monkeypatch, capsys):
-    main_of(report, monkeypatch, "out", "--out", "unused")
-    printed, final = capsys.readouterr().out, log_of(Path("out"))[-1]["final"]
-    for m, loss in final["val_loss"].items():
-        assert f"| out | matmla, mixed 1:1:1 | {m} | {final['parameters']:,} | 15,360 |" in printed
-        assert f"| {final['cache_bytes']} | {loss:.4f} | {math.exp(loss):.3f} |" in printed
-    assert Path("out/curves.png").stat().st_size > 10000 and not Path("unused").exists()
-
+@torch.no_grad()
+def test_runs_have_a_row_for_each_budget_and_seeds_share_one_with_their_mean(says, monkeypatch, capsys):
     for seed, loss in (0, 5), (1, 5.2):
         *lines, last = log_of(Path("out"))
-        lines[-1]["val_loss"] = dict.fromkeys(("12", "8", "4"), loss)
+        final = lines[-1]["val_loss"]
+        lines[-1]["val_loss"] = dict.fromkeys(final, loss)
         last["final"] |= {"seed": seed, "val_loss": lines[-1]["val_loss"]}
         shutil.copytree("out", f"run.{seed}")
         Path(f"run.{seed}/metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, last])))
-    text = "def f(x):\n    return x\n" * 100
+    text, drawn = "def f(x):\n    return x\n" * 100, []
     Path("other.txt").write_text(text)
-    drawn = []
     monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
-    main_of(report, monkeypatch, *"run.0 run.1 out --text other.txt --out figures".split())
+    rows = says(report, "run.0 run.1 out --text other.txt --out figures").splitlines()[3:]
     left, right = ([dict(zip(*line.get_data())) for line in axes.lines] for axes in drawn)
     assert [*map(list, left)] == [*map(list, right)] == [[0, 10, 20, 30], *[[0, 10, 20, 30, 40]] * 3] * 3
     assert (left[1][40], left[6][40], right[6][40]) == (5, 5.2, pytest.approx(0.2)) and not any(right[4].values())
-    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[3:]]
-    assert [(row[0], row[2]) for row in rows] == [(name, m) for name in ("run", "out") for m in ("12", "8", "4")]
-    assert rows[0][-3:-1] == ["5.1000 ± 0.1000", f"{math.exp(5.1):.3f}"]
-    assert list(json.loads(Path("figures/report.json").read_text())) == ["run.0", "run.1", "out"]
-    model, encoding = common.load("out/checkpoint.pt", "cpu")
-    tokens = torch.tensor(encoding.encode_ordinary(text) + [encoding.eot_token])
+    model, _ = common.load("out/checkpoint.pt", "cpu")
+    tokens = torch.tensor([*text.encode(), 256])
     x = torch.stack([tokens[i : i + 33] for i in np.linspace(0, 2301 - 33, 2300 // 32).astype(int)])
-    with torch.no_grad():
-        loss = model(x[:, :-1], x[:, 1:], 8)[1].item()
-    assert float(rows[1][-1]) == pytest.approx(math.exp(loss), abs=1e-3)
+    size = sum(p.numel() for p in model.parameters())
+    for m, of_both, of_out in zip(("12", "8", "4"), rows, rows[3:]):
+        assert of_both.startswith(f"| run | matmla, mixed 1:1:1 | {m} | {size:,} | 15,360 | ")
+        assert f" | 5.1000 ± 0.1000 | {math.exp(5.1):.3f} | " in of_both
+        other = model(x[:, :-1], x[:, 1:], int(m))[1].exp()
+        assert of_out.endswith(f" | 32 | {final[m]:.4f} | {math.exp(final[m]):.3f} | {other:.3f} |")
     shutil.copytree("out", "other/out")
     for runs, words in {"run.0 run.0": ["run.0"], "out other/out": ["two runs", "out"], "none": ["none"],
                         "out --text none.txt": ["none.txt"]}.items():
@@ -250,46 +256,31 @@ def test_mistakes_are_one_line_and_status_2(command, words, there, monkeypatch, 
     refuses(words, script, monkeypatch, capsys, *command.split())
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """What a script prints in a folder with a run: weights so large that budgets differ, and random held-out text."""
-    def run(script, arguments):
-        main_of(script, monkeypatch, "--device", "cpu", *arguments.split())
-        return capsys.readouterr().out
-    monkeypatch.chdir(tmp_path)
-    Path("out").mkdir()
-    config = Config(n_layer=2, d=24, d_h=4, d_c=10, d_cq=14, d_ff=32, context=40)
-    run.model, run.text = randomized(GPT(config)), torch.randint(257, (999,))
-    for name in "train.bin", "val.bin":
-        run.text.numpy().astype("uint16").tofile(name)
-    common.save(Path("out/checkpoint.pt"), config=vars(config), settings=dict(data=".", tokens=0), encoding="bytes",
-                step=0, model=run.model.state_dict(), optimizers=[], log=[])
-    return run
-
-
-def test_sample_writes_the_models_own_generation_and_whole_characters_and_repeats_with_its_seed(run, monkeypatch):
-    prompt, greedy = torch.tensor([list("defé".encode())]), "--temperature 0 --tokens 50 --prompt defé "
-    new = [run.model.generate(prompt, 50, m, temperature=0)[0].tolist() for m in (12, 8, 4, [12] * 10 + [4] * 40)]
+def test_sample_writes_the_models_own_generation_and_whole_characters_and_repeats_with_its_seed(
+        says, there, monkeypatch):
+    prompt, flags = torch.tensor([list("defé".encode())]), "--device cpu --checkpoint loud/checkpoint.pt "
+    greedy = flags + "--temperature 0 --tokens 50 --prompt defé "
+    new = [there.generate(prompt, 50, m, temperature=0)[0].tolist() for m in (12, 8, 4, [12] * 10 + [4] * 40)]
     texts = [common.get_encoding("bytes").decode(tokens) for tokens in new]
     assert len(set(texts)) == 4                                     # else it would not matter which one is written
-    assert run(sample, greedy) == texts[0] + "\n" and run(sample, greedy + "--heads 4") == texts[2] + "\n"
-    assert run(sample, greedy + "--heads 12:10,4:*") == texts[3] + "\n"
-    compared = run(sample, greedy + "--compare")
+    assert says(sample, greedy) == texts[0] + "\n" and says(sample, greedy + "--heads 4") == texts[2] + "\n"
+    assert says(sample, greedy + "--heads 12:10,4:*") == texts[3] + "\n"
+    compared = says(sample, greedy + "--compare")
     assert all(f"--- {m} heads ---\n{text}\n--- {m} heads: " in compared for m, text in zip((12, 8, 4), texts))
-    assert compared.count("tokens/s, 144 bytes of cache per token") == 3    # 2 x (10 + 8) numbers of 4 bytes
-    first, again, other = (run(sample, f"--tokens 30 --seed {seed}") for seed in (1, 1, 2))
+    assert compared.count("tokens/s, 128 bytes of cache per token") == 3    # 2 x (12 + 4) numbers of 4 bytes
+    first, again, other = (says(sample, f"{flags} --tokens 30 --seed {seed}") for seed in (1, 1, 2))
     assert first == again != other
     stream = [*"é日".encode(), 299, 0xE6]                            # 299 is in no vocabulary, E6 half a character
     monkeypatch.setattr(GPT, "stream", lambda *a: (torch.tensor([token]) for token in stream))
-    assert run(sample, "--prompt a --tokens 7") == "aé日?\ufffd\n"
+    assert says(sample, flags + "--prompt a --tokens 7") == "aé日?\ufffd\n"
 
 
-def test_a_token_takes_the_bytes_that_the_papers_say_and_every_variant_is_timed_beside_mha(run, monkeypatch):
+def test_a_token_takes_the_bytes_that_the_papers_say_and_every_variant_is_timed_beside_mha(says, monkeypatch):
     times = iter(range(1, 99))
     monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
     monkeypatch.setattr(bench_cache, "seconds", lambda call: len(call()) and next(times))
-    published, paper, tiny = (
-        json.loads(run(bench_cache, f"--preset {name}").splitlines()[-1]) for name in ("deepseek-v3", "paper", "tiny"))
+    published, paper, tiny = (json.loads(says(bench_cache, f"--device cpu --preset {name}").splitlines()[-1])
+                              for name in ("deepseek-v3", "paper", "tiny"))
     assert [row["measured"] for row in published["sizes"]] == [70272, 327680, 516096]
     assert [row["measured"] for row in paper["sizes"]] == [61440, 61440, 40960, 20480, 20480, 10240, 10240]
     assert [tuple(row.values())[2:] for row in tiny["speeds"]] == [
@@ -299,10 +290,11 @@ def test_a_token_takes_the_bytes_that_the_papers_say_and_every_variant_is_timed_
 
 
 @torch.no_grad()
-def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(run):
-    table = json.loads(run(bench_cache, "--switch out").splitlines()[-1])["perplexity"]["out"]
-    windows = torch.stack([run.text[int(i * 958 / 127) :][:41] for i in range(128)])
+def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(says, there):
+    table = json.loads(says(bench_cache, "--device cpu --switch loud").splitlines()[-1])["perplexity"]["loud"]
+    text = torch.from_numpy(np.fromfile(next(Path("data").glob("*/val.bin")), np.uint16).astype(int))
+    windows = torch.stack([text[int(start) :][:33] for start in np.linspace(0, len(text) - 33, 128)])
     for m in (12, 8, 4):                                            # both halves at m heads: one plain pass
-        loss = run.model.loss(run.model(windows[:, :-1], heads=m)[0][:, 20:], windows[:, 21:])
+        loss = there.loss(there(windows[:, :-1], heads=m)[0][:, 16:], windows[:, 17:])
         assert table[str(m)][str(m)] == pytest.approx(loss.exp().item(), rel=1e-5)
     assert len({value for row in table.values() for value in row.values()}) == 9
