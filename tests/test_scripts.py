@@ -1,4 +1,4 @@
-"""Tests of train.py, report.py, sample.py and bench_cache.py: the recipe, runs and their tables, texts, mistakes."""
+"""Tests of train.py, report.py, sample.py, bench_cache.py and decode.py. What needs a GPU is run where there is one."""
 
 import functools
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,16 +17,17 @@ import torch
 
 import bench_cache    # the first of ours
 import common
+import decode
 import report
 import sample
 import train
-from matmla import GPT, Config
-from test_matmla import randomized
+from matmla import ATTENTION, GPT, Config
+from test_matmla import error, make, randomized, some_tokens
 
 os.environ["OMP_NUM_THREADS"] = "1"    # in the processes that tests start; test_matmla says why
-TRAIN = sys.executable, train.__file__
 SMALL = ("--device cpu --tokens 300000 --n-layer 1 --d 24 --d-h 4 --d-c 12 --d-cq 8 --d-R 4 --d-ff 32 --context 32 "
          "--batch 12 --steps 40 --eval-every 10").split()
+WIDER = dict(context=40, d_R=20)    # in pretrained attentions, frequencies start anew after d_h
 
 
 def main_of(module, monkeypatch, *arguments):
@@ -101,14 +103,6 @@ def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
         assert (p - right).norm() < 1e-7 * right.norm(), name
 
 
-def test_training_flops_count_only_the_heads_that_are_computed():
-    cost = lambda flags: train.flops_per_token(train.settings(["--context", "32", *flags.split()])[1])
-    a, b, c = (cost(f"--attention mla --n-h {m}") for m in (12, 8, 4))
-    assert a > b > c and cost("--objective sum") == pytest.approx(a + b + c)
-    assert cost("") == cost("--objective sample") == cost("--micro-batch 2") == pytest.approx((a + b + c) / 3)
-    assert cost("--shares 1,1,2 --batch 6") == pytest.approx((a + b + 2 * c) / 4)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_compiled_gradients_on_a_gpu_are_those_of_the_block(preset):
@@ -132,15 +126,12 @@ def test_compiled_gradients_on_a_gpu_are_those_of_the_block(preset):
 def test_more_than_eight_budgets_are_all_compiled_once(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for limit in "recompile_limit", "accumulated_recompile_limit":
-        monkeypatch.setattr(torch._dynamo.config, limit, 8)                 # put back afterwards
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    _, args = train.settings([*SMALL, *"--n-layer 2 --objective sample --budgets 12,11,10,9,8,7,6,5,4,3,2,1".split()])
-    model = GPT(train.make_config(vars(args)))
+    model = GPT(Config(n_layer=2))
     train.compile_parts(model)
-    for step in range(14):
-        train.learn(model, train.make_optimizers(model), np.arange(500, dtype=np.uint16) % 257, step, args)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12 + 1    # one for each budget, and the loss
+    for m in range(1, 13):
+        model(torch.zeros(1, 8, dtype=int), heads=m)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12    # for both layers
 
 
 def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_weights(there, monkeypatch):
@@ -154,8 +145,8 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
         losses = [common.load("out/checkpoint.pt", "cpu")[0](x[:, :-1], x[:, 1:], m)[1].item() for m in (12, 8, 4)]
     assert [lines[8]["val_loss"][m] for m in ("12", "8", "4")] == pytest.approx(losses, abs=1e-5)
     start = "--init out/checkpoint.pt --out new --device cpu "
-    _, args = train.settings((start + "--context 16 --budgets 9,2 --data elsewhere").split())
-    assert (args.d, args.context, args.budgets, args.encoding, args.steps) == (24, 16, (9, 2), "bytes", 500)
+    _, args = train.settings((start + "--context 16").split())
+    assert (args.d, args.context, args.encoding, args.steps) == (24, 16, "bytes", 500)
     main_of(train, monkeypatch, *(start + "--steps 1 --tokens 300000").split())
     assert log_of(Path("new"))[0]["val_loss"] == lines[8]["val_loss"]
     assert train.load_checkpoint("new/checkpoint.pt")["optimizers"][1]["state"][0]["step"] == 1    # theirs are fresh
@@ -165,8 +156,9 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
 def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeypatch):
     """All that is saved is equal to the last bit, but for the time it took."""
     stopped = Path(f"stopped{status}")
+    command = [sys.executable, train.__file__, *SMALL, "--out", stopped]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # also if pytest runs in the background
-    process = subprocess.Popen([*TRAIN, *SMALL, "--out", stopped], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not (stopped / "metrics.jsonl").exists() or log_of(stopped)[-1]["step"] < 10:
         assert process.poll() is None
     process.send_signal(end)
@@ -184,7 +176,7 @@ def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeyp
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_train_like_one(there):
     """The same batch in two halves, in several passes: the same losses and the same weights."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", TRAIN[1]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", train.__file__]
     subprocess.run([*launch, *SMALL, "--out", "two", "--micro-batch", "4"], check=True)
     one, two = (train.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "two"))
     losses = [[line["loss"] for line in run["log"] if "loss" in line] for run in (one, two)]
@@ -193,7 +185,7 @@ def test_two_processes_train_like_one(there):
 
 
 @torch.no_grad()
-def test_runs_have_a_row_for_each_budget_and_seeds_share_one_with_their_mean(says, monkeypatch, capsys):
+def test_runs_have_a_row_for_each_budget_and_seeds_share_one_with_their_mean(says, monkeypatch):
     for seed, loss in (0, 5), (1, 5.2):
         *lines, last = log_of(Path("out"))
         final = lines[-1]["val_loss"]
@@ -209,18 +201,13 @@ def test_runs_have_a_row_for_each_budget_and_seeds_share_one_with_their_mean(say
     assert [*map(list, left)] == [*map(list, right)] == [[0, 10, 20, 30], *[[0, 10, 20, 30, 40]] * 3] * 3
     assert (left[1][40], left[6][40], right[6][40]) == (5, 5.2, pytest.approx(0.2)) and not any(right[4].values())
     model, _ = common.load("out/checkpoint.pt", "cpu")
-    tokens = torch.tensor([*text.encode(), 256])
+    tokens, size = torch.tensor([*text.encode(), 256]), sum(p.numel() for p in model.parameters())
     x = torch.stack([tokens[i : i + 33] for i in np.linspace(0, 2301 - 33, 2300 // 32).astype(int)])
-    size = sum(p.numel() for p in model.parameters())
     for m, of_both, of_out in zip(("12", "8", "4"), rows, rows[3:]):
         assert of_both.startswith(f"| run | matmla, mixed 1:1:1 | {m} | {size:,} | 15,360 | ")
         assert f" | 5.1000 ± 0.1000 | {math.exp(5.1):.3f} | " in of_both
         other = model(x[:, :-1], x[:, 1:], int(m))[1].exp()
         assert of_out.endswith(f" | 32 | {final[m]:.4f} | {math.exp(final[m]):.3f} | {other:.3f} |")
-    shutil.copytree("out", "other/out")
-    for runs, words in {"run.0 run.0": ["run.0"], "out other/out": ["two runs", "out"], "none": ["none"],
-                        "out --text none.txt": ["none.txt"]}.items():
-        refuses(words, report, monkeypatch, capsys, *runs.split())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a full disk")
@@ -236,28 +223,28 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(there, mon
 
 @pytest.mark.parametrize("command, words", [
     ("--step 4", ["--step"]), ("--seed -1", ["--seed", "-1"]), ("--steps many", ["--steps", "positive", "many"]),
-    ("--budgets 16,4", ["(16, 4)", "12"]), ("--budgets 4,12", ["(4, 12)", "largest first"]),
-    ("--shares 1,2", ["(1, 2)", "3"]), ("--attention gqa --n-kv 5", ["12", "5"]), ("--attention linear", ["linear"]),
-    ("--device abacus", ["abacus"]), ("--data nothing.jsonl", ["nothing.jsonl"]), ("--resume --out no", ["no/checkp"]),
-    ("--resume --d 48", ["--d 24", "48", "--init"]), ("--resume --steps 2", ["40 steps", "--steps 2"]),
-    ("--resume --out untrained", ["untrained", "--init"]), ("--resume --out old", ["another version", "qkv_bias"]),
-    ("--init out/checkpoint.pt", ["another --out"]), ("--init out/metrics.jsonl --out new", ["out/metrics.jsonl"]),
+    ("--budgets 16,4", ["(16, 4)", "12"]), ("--budgets 4,12", ["(4, 12)", "largest first"]), ("--d-R 5", ["5", "even"]),
+    ("--shares 1,2", ["(1, 2)", "3"]), ("--device abacus", ["abacus"]), ("--data nothing.jsonl", ["nothing.jsonl"]),
+    ("--resume --out no", ["no/checkp"]), ("--resume --out untrained", ["untrained", "--init"]),
+    ("--resume --d 48", ["--d 24", "48", "--init"]), ("--resume --out old", ["another version", "qkv_bias"]),
+    ("--resume --steps 2", ["40 steps", "--steps 2"]), ("--init out/checkpoint.pt", ["another --out"]),
+    ("--init out/metrics.jsonl --out new", ["out/metrics.jsonl"]),
     ("--init out/checkpoint.pt --out new --d 48", ["out/checkpoint.pt", "24", "48"]),
     ("--init untied/checkpoint.pt --out new --tie", ["untied/checkpoint.pt", "--tie"]), ("--prompt=", ["0 tokens"]),
     ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400"]), ("--heads 4:*,2:3", ["neither"]),
-    ("--prompt a\udcff", ["utf-8", "udcff"])])
+    ("--prompt a\udcff", ["utf-8", "udcff"]), ("out out", ["two runs", "out"]), ("out --text none.txt", ["none.txt"]),
+    ("old", ["old"])])
 def test_mistakes_are_one_line_and_status_2(command, words, there, monkeypatch, capsys):
     saved = torch.load("out/checkpoint.pt", weights_only=True)
     for name, change in {"untrained": {"optimizers": []}, "untied": {"config": saved["config"] | {"tie": False}},
                          "old": {"config": saved["config"] | {"qkv_bias": False}}}.items():
         Path(name).mkdir(exist_ok=True)
         torch.save(saved | change, f"{name}/checkpoint.pt")
-    script = sample if command.startswith(("--heads", "--prompt")) else train
+    script = report if command[0] != "-" else sample if command.startswith(("--heads", "--prompt")) else train
     refuses(words, script, monkeypatch, capsys, *command.split())
 
 
-def test_sample_writes_the_models_own_generation_and_whole_characters_and_repeats_with_its_seed(
-        says, there, monkeypatch):
+def test_sample_writes_the_models_generation_in_whole_characters_and_repeats_with_its_seed(says, there, monkeypatch):
     prompt, flags = torch.tensor([list("defé".encode())]), "--device cpu --checkpoint loud/checkpoint.pt "
     greedy = flags + "--temperature 0 --tokens 50 --prompt defé "
     new = [there.generate(prompt, 50, m, temperature=0)[0].tolist() for m in (12, 8, 4, [12] * 10 + [4] * 40)]
@@ -298,3 +285,59 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(says, the
         loss = there.loss(there(windows[:, :-1], heads=m)[0][:, 16:], windows[:, 17:])
         assert table[str(m)][str(m)] == pytest.approx(loss.exp().item(), rel=1e-5)
     assert len({value for row in table.values() for value in row.values()}) == 9
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """In place of a CUDA graph: the function is called again, and its result left in the same tensor."""
+    def record(function, device):
+        result = function().clone()
+        return SimpleNamespace(replay=lambda: result.copy_(function())), result
+    monkeypatch.setattr(decode, "record", record)
+    monkeypatch.setattr(decode, "compiled", lambda forward, lone: forward)
+
+
+def compare(model, budgets, tolerance=1e-10, batch=2, heads=None, start=9, capacity=30):
+    """A fast step and the model's own, one token for each budget. Returns the cache with the graphs."""
+    tokens, usual = some_tokens(batch, start + len(budgets)).to(model.embed.weight.device), model.step
+    ours, theirs = (model.new_cache(batch, capacity, heads) for _ in range(2))
+    for layer in ours:
+        layer.rows.fill_(7.0)                                       # what is not in use must not be read
+    decode.fast(model)
+    for step, cache in (model.step, ours), (usual, theirs):
+        step(tokens[:, :start], budgets[0], cache)
+    for token, m in zip(tokens[:, start:].split(1, 1), budgets):
+        assert error(model.step(token, m, ours), usual(token, m, theirs)) < tolerance, m
+    assert all(error(a.rows[:, : a.length], b.rows[:, : b.length]) < tolerance for a, b in zip(ours, theirs))
+    return ours
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_fast_steps_are_the_models_own_at_every_budget(attention, recorded):
+    model = make(attention, **WIDER)
+    assert (type(decode.join(model.blocks[0])) is decode.Joined) == (attention in ("mla", "matmla"))
+    budgets = [6, 4, 1, (6, 2), 5, (4, 4), 6] if model.blocks[0].attention.nested else [6, None, (6, 6)]
+    cache = compare(model, budgets, capacity=9 + len(budgets))
+    with pytest.raises(ValueError, match="do not fit"):             # nor is the full cache overwritten
+        model.step(some_tokens(2, 1), 6, cache)
+
+
+def test_a_ragged_cache_no_query_latent_and_no_absorption_decode_and_a_graph_serves_1024_rows_or_doublings(recorded):
+    compare(make("nested_mha", **WIDER), [4, 3], heads=4)
+    for model in make("matmla", d_cq=0, **WIDER), make("matmla", **WIDER):
+        for block in model.blocks:
+            block.attention.short = 0
+        compare(model, [4, 3])
+    cache = compare(make("matmla", context=5000), [6, 4, None, 6], start=1022, capacity=3000)
+    assert set(cache.graphs) == {((6,), 1024), ((4,), 1024), ((6,), 2048)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("batch", [1, 40])
+def test_cuda_graphs_decode_like_the_models_own_step(attention, batch):
+    budgets = [6, 4, 1] if ATTENTION[attention].nested else [6]
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.08)):
+        model = make(attention, dtype, context=400, d_h=16, d_c=24, d_R=32 if "pretrained" in attention else 8)
+        cache = compare(model.cuda(), 4 * budgets, tolerance, batch, start=254, capacity=300)    # of blocks of 128
+        assert len(cache.graphs) == len(budgets)
