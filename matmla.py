@@ -143,7 +143,7 @@ class Attention(nn.Module):
         least = 1 if self.nested else self.n_h
         for m in budgets:
             if not least <= m <= most:
-                raise ValueError(f"{m} heads asked, but {type(self).__name__} has {least} to {most} here")
+                raise ValueError(f"{m} heads asked, but {type(self).__name__} takes {least}..{most} here")
         return budgets
 
 
