@@ -70,7 +70,7 @@ def sizes(models, device):
 
 
 def seconds(call):
-    """Of one call, on one thread: the median of blocks of calls in a row, which take a second together."""
+    """Of one call, on one thread: the median of blocks of calls in a row, together at least a second."""
     return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=1).median
 
 

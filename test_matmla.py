@@ -155,7 +155,7 @@ def oracle(model, tokens, heads):
     return torch.stack(logits)
 
 
-# ---------------------------------------------------------------- equal to the oracle
+# ---------------------------------------------------------------- the proofs
 
 
 @every_variant

@@ -1,4 +1,4 @@
-"""How a file of answers is read, compared with matmla.py, and which mistakes are known by their result."""
+"""The right answers, how a file of answers is loaded among them, and which mistakes are known by their result."""
 
 import ast
 import functools
