@@ -103,6 +103,12 @@ def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
         assert (p - right).norm() < 1e-7 * right.norm(), name
 
 
+def test_training_flops_are_those_of_the_heads_that_are_computed():
+    cost = lambda flags: train.flops_per_token(train.settings(["--context", "32", *flags.split()])[1])
+    alone = [cost(f"--attention mla --n-h {m}") for m in (12, 8, 4)]
+    assert cost("--shares 1,1,2") == pytest.approx(np.average(alone, weights=(1, 1, 2))) and cost("") < alone[0]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_compiled_gradients_on_a_gpu_are_those_of_the_block(preset):
@@ -130,8 +136,8 @@ def test_more_than_eight_budgets_are_all_compiled_once(monkeypatch):
     model = GPT(Config(n_layer=2))
     train.compile_parts(model)
     for m in range(1, 13):
-        model(torch.zeros(1, 8, dtype=int), heads=m)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12    # for both layers
+        model(*torch.zeros(2, 1, 8, dtype=int), m)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12 + 1    # for both layers, and the loss
 
 
 def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_weights(there, monkeypatch):
@@ -154,7 +160,6 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
 
 @pytest.mark.parametrize("end, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeypatch):
-    """All that is saved is equal to the last bit, but for the time it took."""
     stopped = Path(f"stopped{status}")
     command = [sys.executable, train.__file__, *SMALL, "--out", stopped]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # also if pytest runs in the background
@@ -175,7 +180,6 @@ def test_interrupted_runs_resume_as_if_never_stopped(end, status, there, monkeyp
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_train_like_one(there):
-    """The same batch in two halves, in several passes: the same losses and the same weights."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", train.__file__]
     subprocess.run([*launch, *SMALL, "--out", "two", "--micro-batch", "4"], check=True)
     one, two = (train.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "two"))
@@ -193,6 +197,8 @@ def test_runs_have_a_row_for_each_budget_and_seeds_share_one_with_their_mean(say
         last["final"] |= {"seed": seed, "val_loss": lines[-1]["val_loss"]}
         shutil.copytree("out", f"run.{seed}")
         Path(f"run.{seed}/metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, last])))
+    assert "perplexity of" not in says(report, "out") and Path("out/curves.png").stat().st_size > 10000
+    assert list(json.loads(Path("out/report.json").read_text())) == ["out"]
     text, drawn = "def f(x):\n    return x\n" * 100, []
     Path("other.txt").write_text(text)
     monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
@@ -222,18 +228,16 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(there, mon
 
 
 @pytest.mark.parametrize("command, words", [
-    ("--step 4", ["--step"]), ("--seed -1", ["--seed", "-1"]), ("--steps many", ["--steps", "positive", "many"]),
-    ("--budgets 16,4", ["(16, 4)", "12"]), ("--budgets 4,12", ["(4, 12)", "largest first"]), ("--d-R 5", ["5", "even"]),
-    ("--shares 1,2", ["(1, 2)", "3"]), ("--device abacus", ["abacus"]), ("--data nothing.jsonl", ["nothing.jsonl"]),
-    ("--resume --out no", ["no/checkp"]), ("--resume --out untrained", ["untrained", "--init"]),
+    ("--step 4", ["--step"]), ("--seed -1", ["--seed", "-1"]), ("--budgets 16,4", ["(16, 4)", "12"]),
+    ("--budgets 4,12", ["(4, 12)", "largest first"]), ("--d-R 5", ["5", "even"]), ("--shares 1,2", ["(1, 2)", "3"]),
+    ("--device abacus", ["abacus"]), ("--resume --out no", ["no/checkp"]), ("old", ["old has no finished run"]),
     ("--resume --d 48", ["--d 24", "48", "--init"]), ("--resume --out old", ["another version", "qkv_bias"]),
     ("--resume --steps 2", ["40 steps", "--steps 2"]), ("--init out/checkpoint.pt", ["another --out"]),
-    ("--init out/metrics.jsonl --out new", ["out/metrics.jsonl"]),
+    ("--resume --out untrained", ["--init"]), ("--init out/metrics.jsonl --out new", ["out/metrics.jsonl"]),
     ("--init out/checkpoint.pt --out new --d 48", ["out/checkpoint.pt", "24", "48"]),
     ("--init untied/checkpoint.pt --out new --tie", ["untied/checkpoint.pt", "--tie"]), ("--prompt=", ["0 tokens"]),
     ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400"]), ("--heads 4:*,2:3", ["neither"]),
-    ("--prompt a\udcff", ["utf-8", "udcff"]), ("out out", ["two runs", "out"]), ("out --text none.txt", ["none.txt"]),
-    ("old", ["old has no finished run"])])
+    ("--prompt a\udcff", ["utf-8", "udcff"]), ("out out", ["two runs"]), ("out --text none.txt", ["none.txt"])])
 def test_mistakes_are_one_line_and_status_2(command, words, there, monkeypatch, capsys):
     saved = torch.load("out/checkpoint.pt", weights_only=True)
     for name, change in {"untrained": {"optimizers": []}, "untied": {"config": saved["config"] | {"tie": False}},
@@ -273,7 +277,6 @@ def test_a_token_takes_the_bytes_that_the_papers_say_and_variants_are_timed_besi
     assert [tuple(row.values())[2:] for row in tiny["speeds"]] == [
         ("mha", "", 12, 1, 1), ("gqa", "", 12, 3, 2), ("nested_mha", "full", 4, 5, 3), ("matmla", "naive", 12, 7, None),
         ("matmla", "absorbed", 12, 8, 4.5), ("matmla", "absorbed", 8, 10, 5.5), ("matmla", "absorbed", 4, 12, 6.5)]
-    assert Path("out/cache_row.png").stat().st_size > 10000
 
 
 @torch.no_grad()

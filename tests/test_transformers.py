@@ -80,14 +80,16 @@ def test_naive_absorbed_rotated_and_with_heads_in_any_order_it_is_theirs(family,
         assert cache.nbytes == gqa.new_cache(2, 40).nbytes and error(logits, right) < TIGHT
 
 
-def test_a_cut_takes_nothing_where_keys_are_copies_and_values_have_rank_5():
-    theirs = hf_model("Qwen2", head_dim=8)
+@pytest.mark.parametrize("base, turning, d_c", [(1e4, 4, 5), (1e60, 1, 5 + 2 * 3 * 2)])    # 1e60 turns 1 pair of 4
+def test_a_cut_takes_nothing_where_keys_are_copies_or_do_not_turn_and_values_have_rank_5(base, turning, d_c):
+    theirs = hf_model("Qwen2", head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=base))
     for a in (layer.self_attn for layer in theirs.model.layers):
         for p in a.k_proj.parameters():
-            p.data.copy_(torch.cat([factor * p.data[:8] for factor in (1, -1, 2)]))
+            k = p.data.unflatten(0, (3, 2, 4))[:, :, :turning]
+            k[1], k[2] = -k[0], 2 * k[0]
         basis = torch.randn(24, 5)
         a.v_proj.weight.data, a.v_proj.bias.data = basis @ torch.randn(5, 24), basis @ torch.randn(5)
-    for rank, least, most in (5, 0, 1e-6), (4, 1e-3, 1):    # 1e-6: of float32 weights
+    for rank, least, most in (d_c, 0, 1e-6), (d_c - 1, 1e-3, 1):    # 1e-6: of float32 weights
         gqa, mla = converted(theirs, d_R=8, d_c=rank)
         assert least <= error(mla(TOKENS)[0], gqa(TOKENS)[0]) < most
 
@@ -195,7 +197,6 @@ def test_a_gqa_and_its_tokens_come_back_through_transmla_and_a_mistake_writes_no
                     log=[], model=model.state_dict())
         refuses([words], export, monkeypatch, capsys, *flags, "--heads", heads)
         assert not Path("new").exists()
-
     main_of(export, monkeypatch, *flags)
     refuses(["new/llama exists"], export, monkeypatch, capsys, *flags)
     main_of(transmla, monkeypatch, "new/llama", "--text", __file__, "--tokens", 100, "--device", "cpu")
@@ -205,3 +206,4 @@ def test_a_gqa_and_its_tokens_come_back_through_transmla_and_a_mistake_writes_no
         ids = tokenizer(TEXT)["input_ids"]
         assert ids == encoding.encode_ordinary(TEXT) == [*TEXT.encode()] and tokenizer.decode(ids) == TEXT
         assert tokenizer.eos_token_id == encoding.eot_token == 256 and tokenizer.decode([256]) == END
+    assert transformers.AutoConfig.from_pretrained("new/llama").eos_token_id == 256
