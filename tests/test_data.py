@@ -83,6 +83,7 @@ def test_a_long_text_is_not_held_whole():
     size = sum(len(text) for text, _ in data.texts("long.txt"))
     assert size == 300_000 * 18 and tracemalloc.get_traced_memory()[1] < size / 4
     tracemalloc.stop()
+    assert len(sum(prepared("long.txt", tokens=500), [])) < 200_000, "the rest of it is read for nothing"
 
 
 @pytest.mark.parametrize("dots", [6000, 0])

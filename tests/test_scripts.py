@@ -197,8 +197,7 @@ def test_runs_have_a_row_for_each_budget_and_seeds_share_one_with_their_mean(say
         last["final"] |= {"seed": seed, "val_loss": lines[-1]["val_loss"]}
         shutil.copytree("out", f"run.{seed}")
         Path(f"run.{seed}/metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, last])))
-    assert "perplexity of" not in says(report, "out") and Path("out/curves.png").stat().st_size > 10000
-    assert list(json.loads(Path("out/report.json").read_text())) == ["out"]
+    assert "| out |" in says(report, "out --out unused") and {"curves.png", "report.json"} < {*os.listdir("out")}
     text, drawn = "def f(x):\n    return x\n" * 100, []
     Path("other.txt").write_text(text)
     monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes))
@@ -237,7 +236,7 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(there, mon
     ("--init out/checkpoint.pt --out new --d 48", ["out/checkpoint.pt", "24", "48"]),
     ("--init untied/checkpoint.pt --out new --tie", ["untied/checkpoint.pt", "--tie"]), ("--prompt=", ["0 tokens"]),
     ("--heads 12:5,99:*", ["99", "12"]), ("--heads 12:5,4:9", ["14", "400"]), ("--heads 4:*,2:3", ["neither"]),
-    ("--prompt a\udcff", ["utf-8", "udcff"]), ("out out", ["two runs"]), ("out --text none.txt", ["none.txt"])])
+    ("--prompt a\udcff", ["utf-8"]), ("out out", ["two runs are"]), ("out --text none.txt", ["none.txt"])])
 def test_mistakes_are_one_line_and_status_2(command, words, there, monkeypatch, capsys):
     saved = torch.load("out/checkpoint.pt", weights_only=True)
     for name, change in {"untrained": {"optimizers": []}, "untied": {"config": saved["config"] | {"tie": False}},
