@@ -125,7 +125,7 @@ def speeds(config, device):
                ("matmla", "naive", all_heads), *(("matmla", "absorbed", m) for m in config.budgets)]
     if gpu:
         x, y = torch.ones(2, 2**30, dtype=torch.uint8, device=device)
-        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x))     # bytes per second: what memory can do
+        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x))             # bytes per second: what memory can do
     print("\nDecoding one token of every sequence, with `length` tokens in the cache; and reading all of them")
     for (batch, length), (name, reader, m) in itertools.product(SHAPES[device.type], readers):
         c = dataclasses.replace(config, attention=name, context=length)

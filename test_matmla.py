@@ -270,7 +270,7 @@ def test_nested_mha_ragged_cache_is_smaller_and_cannot_grow():
     assert ragged.nbytes * 6 == full.nbytes * 4
     for cache in (full, ragged):
         model(tokens[:, :9], heads=4, cache=cache)
-    with pytest.raises(ValueError, match="6 heads asked.*4"):
+    with pytest.raises(ValueError, match=r"6 heads asked.* 1\.\.4 "):
         model(tokens[:, 9:], heads=6, cache=ragged)
     smaller = [model(tokens[:, 9:], heads=2, cache=cache)[0] for cache in (full, ragged)]          # down is possible
     assert error(*smaller) < TIGHT
@@ -384,7 +384,7 @@ def test_the_end_of_a_long_prompt_counts_and_the_context_is_used_to_its_last_tok
 
 
 def test_all_budgets_of_a_schedule_are_checked_before_the_first_token():
-    for schedule, numbers in (([6, 4, 7], "7 .*6"), ([6, (4, 2, 1)], "2 .* 3")):
+    for schedule, numbers in (([6, 4, 7], r"7 .* 1\.\.6 "), ([6, (4, 2, 1)], "2 .* 3")):
         with pytest.raises(ValueError, match=numbers):
             next(make("matmla").stream(some_tokens(), len(schedule), heads=schedule))
 

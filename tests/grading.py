@@ -78,7 +78,7 @@ WRONG = {    # exercise: {what is wrong: (text of the reference, what stands the
         "k_R is turned by RoPE again, though it was before it was cached": (
             "k_R.unsqueeze(2)", "rope(k_R.unsqueeze(2), torch.arange(rows.shape[1]), self.rope_base)"),
         LAST_COLUMNS: ("[:, : m * self.d_h]", "[:, -m * self.d_h :]")},
-    10: {"the scale is 1/√(d_h + d_R), not 1/√(d_c + d_R)": ("positions, self.scale", "positions, q.shape[-1]**-0.5"),
+    10: {"the scale is 1/√(d_h + d_R), not 1/√(d_c + d_R)": (", self.scale", ", q.shape[-1]**-0.5"),
          "the query goes into the latent through W_UK, not W_UV": ("q_C, W_UK)", "q_C, W_UV)"),
          LAST: ("d_h))[:m]", "d_h))[-m:]")},
     11: {"with a cache, positions go on from its length": ("(cache.length if cache else 0)", "0"),
