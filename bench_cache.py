@@ -19,19 +19,27 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
-from common import (    # the first of ours: it decides which file is matmla
-    Parser, evaluate, load, load_checkpoint, make_config, perplexity, pick_device, print_row)
+from common import (  # the first of ours: it decides which file is matmla
+    Parser,
+    evaluate,
+    load,
+    load_checkpoint,
+    make_config,
+    perplexity,
+    pick_device,
+    print_row,
+)
 from data import prepare, read_tokens
 from decode import attend_one, fast, record
 from matmla import ATTENTION, GPT, Config
 from train import PRESETS
 
-PUBLISHED = {    # sizes from the models' own config files; DeepSeek's hardware paper (arXiv:2505.09343) compares them
+PUBLISHED = {  # sizes from the models' own config files; DeepSeek's hardware paper (arXiv:2505.09343) compares them
     "DeepSeek-V3": Config("mla", n_layer=61, d=7168, n_h=128, d_h=128, d_c=512, d_cq=1536, d_R=64),
     "Qwen2.5-72B": Config("gqa", n_layer=80, d=8192, n_h=64, n_kv=8, d_h=128),
     "LLaMA-3.1-405B": Config("gqa", n_layer=126, d=16384, n_h=128, n_kv=8, d_h=128),
 }
-SHAPES = {    # batch, tokens in the cache
+SHAPES = {  # batch, tokens in the cache
     "cpu": [(1, 256), (1, 1024), (8, 1024)],
     "cuda": [(1, 1024), (1, 16384), (16, 1024), (16, 4096), (16, 16384), (64, 8192)],
 }
@@ -45,25 +53,34 @@ def formula(c, m):
 
 def measure(config, heads, device):
     """Bytes one token takes in the bfloat16 tensors of a real cache."""
-    with torch.device("meta"):                                      # the weights are not needed,
+    with torch.device("meta"):  # the weights are not needed,
         model = GPT(dataclasses.replace(config, vocab_size=1, d_ff=1))
-    model.embed.to_empty(device=device).bfloat16()                  # only where and what they would be
+    model.embed.to_empty(device=device).bfloat16()  # only where and what they would be
     cache = model.new_cache(1, 64, heads)
-    assert cache.nbytes == cache[0].rows.untyped_storage().nbytes()    # of all layers
+    assert cache.nbytes == cache[0].rows.untyped_storage().nbytes()  # of all layers
     return cache.nbytes // 64
 
 
 def sizes(models, device):
     """A table of {name: config}: one dict per model and per budget whose cache differs."""
-    print("\nWhat a token takes: numbers in one layer; bytes in all layers, bfloat16, by formula and measured")
+    print(
+        "\nWhat a token takes: numbers in one layer; bytes in all layers, bfloat16, by formula and measured"
+    )
     rows = []
     for name, c in models.items():
         for m in c.budgets if ATTENTION[c.attention].nested else (c.n_h,):
-            layout = {"nested_mha": f"at most {m} heads", "matmla": "any budget"}.get(c.attention, "")
-            row = dict(variant=name, layout=layout, numbers=formula(c, m), formula=formula(c, m) * c.n_layer * 2,
-                       measured=measure(c, m, device))
+            layout = {"nested_mha": f"at most {m} heads", "matmla": "any budget"}.get(
+                c.attention, ""
+            )
+            row = dict(
+                variant=name,
+                layout=layout,
+                numbers=formula(c, m),
+                formula=formula(c, m) * c.n_layer * 2,
+                measured=measure(c, m, device),
+            )
             assert row["formula"] == row["measured"], f"formula and measurement differ: {row}"
-            if row not in rows:                                     # MatMLA has one cache for all budgets
+            if row not in rows:  # MatMLA has one cache for all budgets
                 print_row(row, head=not rows)
                 rows.append(row)
     return rows
@@ -79,7 +96,9 @@ def attend_all(q, k, v, positions, scale):
     its own keys: so MHA is measured at its best, better than a growing cache allows."""
     if q.shape[2] > k.shape[2]:
         return attend_one(q, k, v, positions, scale)
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=scale
+    ).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -91,8 +110,14 @@ def step_seconds(config, reader, m, batch, length, new, device):
     for block in model.blocks if reader == "naive" else []:
         block.attention.short = 0
     if device.type == "cuda":
-        fast(model.bfloat16(), attend_all if config.attention in ("mha", "nested_mha") else attend_one)
-    cache, tokens = model.new_cache(batch, length), torch.zeros(batch, new, dtype=torch.long, device=device)
+        fast(
+            model.bfloat16(),
+            attend_all if config.attention in ("mha", "nested_mha") else attend_one,
+        )
+    cache, tokens = (
+        model.new_cache(batch, length),
+        torch.zeros(batch, new, dtype=torch.long, device=device),
+    )
     for layer in cache:
         layer.rows.normal_()
 
@@ -107,10 +132,15 @@ def step_seconds(config, reader, m, batch, length, new, device):
 def attention_read(c, batch, length, device):
     """Seconds one layer of a GPU takes to read the cache: softmax(qᵀk)v alone, without any projection."""
     n_kv = {"gqa": c.n_kv, "matmla": 1}.get(c.attention, c.n_h)
-    rows = torch.randn(batch, length, n_kv, formula(c, c.n_h) // n_kv, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(
+        batch, length, n_kv, formula(c, c.n_h) // n_kv, device=device, dtype=torch.bfloat16
+    )
     k, v = (rows, rows) if c.attention == "matmla" else rows.chunk(2, -1)
     q = torch.randn(batch, 1, c.n_h, k.shape[-1], device=device, dtype=torch.bfloat16)
-    read, position = torch.compile(attend_all, dynamic=False), torch.tensor([length - 1], device=device)
+    read, position = (
+        torch.compile(attend_all, dynamic=False),
+        torch.tensor([length - 1], device=device),
+    )
     graph, _ = record(lambda: read(q, k, v, position, 0.1), device)
     return seconds(graph.replay)
 
@@ -121,27 +151,46 @@ def speeds(config, device):
     On a CPU only beside MHA: there, absolute times say more about the machine than about the cache.
     """
     gpu, all_heads, rows = device.type == "cuda", config.n_h, []
-    readers = [("mha", "", all_heads), ("gqa", "", all_heads), ("nested_mha", "full", min(config.budgets)),
-               ("matmla", "naive", all_heads), *(("matmla", "absorbed", m) for m in config.budgets)]
+    readers = [
+        ("mha", "", all_heads),
+        ("gqa", "", all_heads),
+        ("nested_mha", "full", min(config.budgets)),
+        ("matmla", "naive", all_heads),
+        *(("matmla", "absorbed", m) for m in config.budgets),
+    ]
     if gpu:
         x, y = torch.ones(2, 2**30, dtype=torch.uint8, device=device)
-        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x))             # bytes per second: what memory can do
-    print("\nDecoding one token of every sequence, with `length` tokens in the cache; and reading all of them")
+        copied = 2 * x.nbytes / seconds(lambda: y.copy_(x))  # bytes per second: what memory can do
+    print(
+        "\nDecoding one token of every sequence, with `length` tokens in the cache; and reading all of them"
+    )
     for (batch, length), (name, reader, m) in itertools.product(SHAPES[device.type], readers):
         c = dataclasses.replace(config, attention=name, context=length)
         step, prefill = step_seconds(c, reader, m, batch, length, 1, device), None
         if batch * length <= 2**16 and reader != "naive":
             prefill = step_seconds(c, reader, m, batch, length, length, device)
-        if name == "mha":                                           # the first of every shape
+        if name == "mha":  # the first of every shape
             mha_step, mha_prefill = step, prefill
         row = dict(batch=batch, length=length, variant=name, reader=reader, heads=m)
         if gpu:
             read = formula(c, m) * c.n_layer * 2 * batch * length
-            alone = attention_read(c, batch, length, device) if m == all_heads and reader != "naive" else None
-            row |= {"step, µs": step * 1e6, "tokens/s": batch / step, "GB/s": read / step / 1e9,
-                    "of copy": read / step / copied, "attention read, µs": alone and alone * 1e6,
-                    "prefill, ms": prefill and prefill * 1e3}
-        row |= {"step / MHA's": step / mha_step, "prefill / MHA's": prefill and prefill / mha_prefill}
+            alone = (
+                attention_read(c, batch, length, device)
+                if m == all_heads and reader != "naive"
+                else None
+            )
+            row |= {
+                "step, µs": step * 1e6,
+                "tokens/s": batch / step,
+                "GB/s": read / step / 1e9,
+                "of copy": read / step / copied,
+                "attention read, µs": alone and alone * 1e6,
+                "prefill, ms": prefill and prefill * 1e3,
+            }
+        row |= {
+            "step / MHA's": step / mha_step,
+            "prefill / MHA's": prefill and prefill / mha_prefill,
+        }
         print_row(row, head=not rows)
         rows.append(row)
         torch.compiler.reset()
@@ -153,8 +202,12 @@ def draw_rows(c, path):
     axes = Figure(figsize=(10, 3), layout="constrained").subplots()
     pairs = [("k", c.d_h, "tab:blue"), ("v", c.d_h, "tab:orange")]
     latent, small = [("$c_{KV}$", c.d_c, "tab:green"), ("$k_R$", c.d_R, "tab:blue")], min(c.budgets)
-    rows = {"MHA, nested MHA full": pairs * c.n_h, f"nested MHA ragged, {small} heads": pairs * small,
-            f"GQA, {c.n_kv} groups": pairs * c.n_kv, "MLA, MatMLA at every budget": latent}
+    rows = {
+        "MHA, nested MHA full": pairs * c.n_h,
+        f"nested MHA ragged, {small} heads": pairs * small,
+        f"GQA, {c.n_kv} groups": pairs * c.n_kv,
+        "MLA, MatMLA at every budget": latent,
+    }
     for y, parts in enumerate(rows.values()):
         x = 0
         for label, width, color in parts:
@@ -164,7 +217,10 @@ def draw_rows(c, path):
         axes.text(x, y, f"  {x} numbers", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set(xlabel="numbers that one token leaves in one layer of the cache", xlim=(0, 2.3 * c.n_h * c.d_h))
+    axes.set(
+        xlabel="numbers that one token leaves in one layer of the cache",
+        xlim=(0, 2.3 * c.n_h * c.d_h),
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.figure.savefig(path, dpi=150)
 
@@ -190,7 +246,10 @@ def switching(run, device):
 def bench(args):
     args.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
-    result = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__)
+    result = dict(
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+    )
     if args.switch:
         result["perplexity"] = {str(run): switching(run, device) for run in args.switch}
         for run, table in result["perplexity"].items():
@@ -201,7 +260,9 @@ def bench(args):
         result["sizes"] = sizes(PUBLISHED, device)
     else:
         config, result["preset"] = make_config(PRESETS[args.preset]), args.preset
-        models = {v: dataclasses.replace(config, attention=v) for v in ATTENTION if "pretrained" not in v}
+        models = {
+            v: dataclasses.replace(config, attention=v) for v in ATTENTION if "pretrained" not in v
+        }
         result["sizes"] = sizes(models, device)
         draw_rows(config, args.out / "cache_row.png")
         if args.preset == "tiny" or device.type == "cuda":
@@ -211,9 +272,19 @@ def bench(args):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--preset", default="tiny", choices=[*PRESETS, "deepseek-v3"], help="sizes of the model")
-    parser.add_argument("--switch", type=Path, nargs="+", metavar="RUN", help="measure these runs of train.py instead")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument(
+        "--preset", default="tiny", choices=[*PRESETS, "deepseek-v3"], help="sizes of the model"
+    )
+    parser.add_argument(
+        "--switch",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="measure these runs of train.py instead",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
+    )
     parser.add_argument("--out", default=Path("out"), type=Path, help="folder of the figure")
     parser.attempt(bench, parser.parse_args())
 

@@ -23,10 +23,13 @@ FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.ite
 
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line on stderr and exit status 2. stopped: what to say after Ctrl-C."""
+
     stopped = None
 
     def __init__(self, doc):
-        style = type("", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+        style = type(
+            "", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}
+        )
         super().__init__(description=doc, formatter_class=style, allow_abbrev=False)
 
     def error(self, message):
@@ -36,14 +39,21 @@ class Parser(argparse.ArgumentParser):
         """Call it. What the user can mend is a mistake, too: a missing file, wrong sizes, an unfinished exercise."""
         try:
             return function(*arguments)
-        except BrokenPipeError:                                     # whoever read the output has seen enough
+        except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit(1)
         except KeyboardInterrupt:
             self.exit(130, self.stopped)
         except FloatingPointError as error:
             self.exit(1, f"{self.prog}: {error}; nothing was saved after it. Try a lower --lr\n")
-        except (ValueError, OSError, OverflowError, MemoryError, NotImplementedError, torch.OutOfMemoryError) as error:
+        except (
+            ValueError,
+            OSError,
+            OverflowError,
+            MemoryError,
+            NotImplementedError,
+            torch.OutOfMemoryError,
+        ) as error:
             self.error(error)
 
 
@@ -64,7 +74,9 @@ def positive(text):
 def check_budgets(budgets, n_h):
     """ValueError unless they are different, largest first, and within the heads."""
     if list(budgets) != sorted(set(budgets) & {*range(1, n_h + 1)}, reverse=True):
-        raise ValueError(f"budgets {budgets} must be different, the largest first, and in 1..{n_h}, the model's heads")
+        raise ValueError(
+            f"budgets {budgets} must be different, the largest first, and in 1..{n_h}, the model's heads"
+        )
 
 
 def make_config(values):
@@ -83,7 +95,11 @@ def evaluate(model, tokens, count, prefix=None):
     prefix, on the second half of each window only, read at m heads after a first half that `prefix` heads wrote."""
     context, device = model.config.context, model.embed.weight.device
     starts = np.linspace(0, len(tokens) - context - 1, count).astype(int)
-    losses, first, cache = dict.fromkeys(model.config.budgets, 0.0), context // 2 if prefix else 0, None
+    losses, first, cache = (
+        dict.fromkeys(model.config.budgets, 0.0),
+        context // 2 if prefix else 0,
+        None,
+    )
     for some in np.array_split(starts, math.ceil(count / 16)):
         x, y = windows(tokens, some, context, device)
         with mixed_precision(device):
@@ -92,13 +108,13 @@ def evaluate(model, tokens, count, prefix=None):
                 model.hidden(x[:, :first], prefix, cache)
             for m in losses:
                 for layer in cache or ():
-                    layer.length = first                                    # forget what the last m has read
+                    layer.length = first  # forget what the last m has read
                 losses[m] += model(x[:, first:], y[:, first:], m, cache)[1].item() * len(x) / count
     return losses
 
 
 def perplexity(loss):
-    return math.exp(min(loss, 700))                                         # beyond, a float overflows
+    return math.exp(min(loss, 700))  # beyond, a float overflows
 
 
 def print_row(row, head=False):
@@ -134,11 +150,17 @@ def load_checkpoint(path, device="cpu"):
         unlike = {"settings", "encoding", "step", "model", "optimizers", "log"} - content.keys()
         unlike |= content["config"].keys() ^ FIELDS.keys()
     except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}: train one first, with python train.py") from None
+        raise ValueError(
+            f"no checkpoint at {path}: train one first, with python train.py"
+        ) from None
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__})") from None
+        raise ValueError(
+            f"{path} is not a checkpoint of train.py ({type(error).__name__})"
+        ) from None
     if unlike:
-        raise ValueError(f"{path} was written by another version of train.py: {', '.join(sorted(unlike))}")
+        raise ValueError(
+            f"{path} was written by another version of train.py: {', '.join(sorted(unlike))}"
+        )
     return content
 
 
@@ -146,8 +168,10 @@ def fill(model, weights, path):
     """Give the model the weights of a checkpoint. ValueError if they are of another shape."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:                                           # its second line is the first difference
-        raise ValueError(f"the weights of {path} do not fit: {str(error).splitlines()[1]}") from None
+    except RuntimeError as error:  # its second line is the first difference
+        raise ValueError(
+            f"the weights of {path} do not fit: {str(error).splitlines()[1]}"
+        ) from None
 
 
 def load(path, device, content=None):
@@ -161,8 +185,14 @@ def load(path, device, content=None):
 def pick_device(name):
     """The device of that name. ValueError if it does not work."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
-        return torch.ones(1, device=name).abs().device                      # fails here, not in the middle
+        return torch.ones(1, device=name).abs().device  # fails here, not in the middle
     except (RuntimeError, AssertionError):
         raise ValueError(f"no device {name!r} on this machine") from None

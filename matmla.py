@@ -34,22 +34,22 @@ import torch.nn.functional as F
 class Config:
     """Sizes of the model. The defaults are for a laptop: 0.97M parameters, trained in three minutes."""
 
-    attention: str = "matmla"      # one of ATTENTION, below
-    vocab_size: int = 257          # bytes, and one token between documents
-    context: int = 256             # longest sequence, in tokens
+    attention: str = "matmla"  # one of ATTENTION, below
+    vocab_size: int = 257  # bytes, and one token between documents
+    context: int = 256  # longest sequence, in tokens
     n_layer: int = 4
-    d: int = 144                   # width of the model
-    n_h: int = 12                  # heads
-    n_kv: int = 4                  # key/value heads of GQA
-    d_h: int = 12                  # width of one head, of its values too
-    d_c: int = 40                  # width of the latent of keys and values
-    d_cq: int = 72                 # width of the latent of queries; 0: queries come straight from x
-    d_R: int = 8                   # width of the decoupled RoPE part
-    d_ff: int = 384                # width of the feed-forward layer
-    budgets: tuple = (12, 8, 4)    # head budgets that are trained, largest first
+    d: int = 144  # width of the model
+    n_h: int = 12  # heads
+    n_kv: int = 4  # key/value heads of GQA
+    d_h: int = 12  # width of one head, of its values too
+    d_c: int = 40  # width of the latent of keys and values
+    d_cq: int = 72  # width of the latent of queries; 0: queries come straight from x
+    d_R: int = 8  # width of the decoupled RoPE part
+    d_ff: int = 384  # width of the feed-forward layer
+    budgets: tuple = (12, 8, 4)  # head budgets that are trained, largest first
     rope_base: float = 10000.0
-    norm_eps: float = 1e-6         # of every norm
-    tie: bool = True               # input and output embedding are one matrix
+    norm_eps: float = 1e-6  # of every norm
+    tie: bool = True  # input and output embedding are one matrix
 
     def __post_init__(self):
         if self.attention not in ATTENTION:
@@ -59,7 +59,9 @@ class Config:
                 raise ValueError(f"{name} is {value}, which is too small")
         rotated = "d_R" if "mla" in self.attention else "d_h"
         if getattr(self, rotated) % 2:
-            raise ValueError(f"RoPE rotates pairs, so {rotated} = {getattr(self, rotated)} must be even")
+            raise ValueError(
+                f"RoPE rotates pairs, so {rotated} = {getattr(self, rotated)} must be even"
+            )
 
 
 def rope(x, positions, base):
@@ -67,9 +69,9 @@ def rope(x, positions, base):
 
     x [B, T, h, n], n even; positions [T]. Pairs are neighbours, (x0,x1), (x2,x3), ..., as in [2].
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)             # bfloat16 cannot count beyond 256
+    dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot count beyond 256
     i = torch.arange(x.shape[-1] // 2, device=x.device, dtype=dtype)
-    angle = positions[:, None, None] * base ** (-2 * i / x.shape[-1])                           # [T,1,n/2]
+    angle = positions[:, None, None] * base ** (-2 * i / x.shape[-1])  # [T,1,n/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     x0, x1 = x[..., 0::2], x[..., 1::2]
     return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1).flatten(-2)
@@ -82,15 +84,22 @@ def attend(q, k, v, positions, scale):
     positions [T]: where the queries are among the S tokens, the last T of them. Returns [B, T, h, w_v].
     """
     T, S, w_v = q.shape[1], k.shape[1], v.shape[-1]
-    visible = torch.arange(S, device=q.device) <= positions[:, None]    # [T,S]
-    if k.shape[2] == 1 and T < S:                                   # after a cache, one key for all heads
+    visible = torch.arange(S, device=q.device) <= positions[:, None]  # [T,S]
+    if k.shape[2] == 1 and T < S:  # after a cache, one key for all heads
         scores = torch.einsum("bthw,bsw->bhts", q, k[:, :, 0]) * scale
         p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bsw->bthw", p, v[:, :, 0])
     # Else one kernel, which never stores p; is_causal means T = S. A CPU has a fast one if v is as wide as q.
     v = F.pad(v, (0, q.shape[-1] - w_v)) if q.device.type == "cpu" else v
-    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), (visible if T < S else None)
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    q, k, v, mask = (
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        (visible if T < S else None),
+    )
+    o = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
     return o.transpose(1, 2)[..., :w_v]
 
 
@@ -108,9 +117,12 @@ class Attention(nn.Module):
       read(x, rows, positions, m)    what tokens x find in the rows of all tokens so far, [B, T, d]
       read_absorbed                  (MLA) the same result, without ever making keys and values
     """
-    nested = False    # True: the first m heads are a working attention by themselves, for every m
-    short = 0         # fewer new tokens T than this are read absorbed: for a head and a cached token, T·2·d_c
-                      # multiplications are fewer than 2·d_c·d_h, to make k_C and v_C, + T·2·d_h, to use them
+
+    nested = False  # True: the first m heads are a working attention by themselves, for every m
+    short = (
+        0  # fewer new tokens T than this are read absorbed: for a head and a cached token, T·2·d_c
+    )
+    # multiplications are fewer than 2·d_c·d_h, to make k_C and v_C, + T·2·d_h, to use them
 
     def __init__(self, c):
         super().__init__()
@@ -122,14 +134,14 @@ class Attention(nn.Module):
         the batch. cache: the Cache of this layer; the T tokens are appended, and see all before them.
         ValueError for heads that there are not, parts that are not equal, or a cache that is too small.
         """
-        most = cache.heads if cache else self.n_h                   # heads that a row has room for
+        most = cache.heads if cache else self.n_h  # heads that a row has room for
         budgets = self.check(heads, len(x), most)
         positions = (cache.length if cache else 0) + torch.arange(x.shape[1], device=x.device)
         rows = self.write(x, positions, most if cache else max(budgets))
         rows = cache.append(rows) if cache else rows
         read = self.read_absorbed if cache and x.shape[1] < self.short else self.read
         parts, start = [], 0
-        for m, same in itertools.groupby(budgets):                  # (12, 12, 4): two thirds at 12, one at 4
+        for m, same in itertools.groupby(budgets):  # (12, 12, 4): two thirds at 12, one at 4
             stop = start + len(list(same)) * (len(x) // len(budgets))
             parts.append(read(x[start:stop], rows[start:stop], positions, m))
             start = stop
@@ -143,7 +155,9 @@ class Attention(nn.Module):
         least = 1 if self.nested else self.n_h
         for m in budgets:
             if not least <= m <= most:
-                raise ValueError(f"{m} heads asked, but {type(self).__name__} takes {least}..{most} here")
+                raise ValueError(
+                    f"{m} heads asked, but {type(self).__name__} takes {least}..{most} here"
+                )
         return budgets
 
 
@@ -165,16 +179,20 @@ class MHA(Attention):
         return m * 2 * self.d_h
 
     def write(self, x, positions, m):
-        k = rope(to_heads(self.W_K, x, m, self.d_h), positions, self.rope_base)    # (2) (5) [B,T,m,d_h]
-        v = to_heads(self.W_V, x, m, self.d_h)                      # (3) (6) [B,T,m,d_h]
-        return torch.cat((k, v), -1).flatten(2)                     # [B,T,m·2·d_h]: head by head, k then v
+        k = rope(
+            to_heads(self.W_K, x, m, self.d_h), positions, self.rope_base
+        )  # (2) (5) [B,T,m,d_h]
+        v = to_heads(self.W_V, x, m, self.d_h)  # (3) (6) [B,T,m,d_h]
+        return torch.cat((k, v), -1).flatten(2)  # [B,T,m·2·d_h]: head by head, k then v
 
     def read(self, x, rows, positions, m):
-        q = rope(to_heads(self.W_Q, x, m, self.d_h), positions, self.rope_base)    # (1) (4) [B,T,m,d_h]
-        rows = rows[..., : self.numbers(m)]                         # a row may hold more than m heads
+        q = rope(
+            to_heads(self.W_Q, x, m, self.d_h), positions, self.rope_base
+        )  # (1) (4) [B,T,m,d_h]
+        rows = rows[..., : self.numbers(m)]  # a row may hold more than m heads
         k, v = rows.unflatten(-1, (-1, 2 * self.d_h)).chunk(2, -1)  # [B,S,m,d_h] each
-        o = attend(q, k, v, positions, self.d_h**-0.5)              # (7)
-        return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])                       # (8)
+        o = attend(q, k, v, positions, self.d_h**-0.5)  # (7)
+        return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])  # (8)
 
 
 class Cache:
@@ -193,7 +211,9 @@ class Cache:
         batch, capacity, _ = self.rows.shape
         stop = self.length + new.shape[1]
         if len(new) != batch or stop > capacity:
-            raise ValueError(f"{len(new)} x {stop} tokens do not fit a cache for {batch} x {capacity}")
+            raise ValueError(
+                f"{len(new)} x {stop} tokens do not fit a cache for {batch} x {capacity}"
+            )
         self.rows[:, self.length : stop] = new
         self.length = stop
         return self.rows[:, :stop]
@@ -201,6 +221,7 @@ class Cache:
 
 class ModelCache(list):
     """One Cache for every layer, all of one length."""
+
     nbytes = property(lambda self: sum(layer.rows.nbytes for layer in self))
     length = property(lambda self: self[0].length)
 
@@ -212,6 +233,7 @@ class NestedMHA(MHA):
       full    (default)  always compute and store all heads: small budgets save no cache
       ragged  (new_cache(..., heads=m))  store m heads: smaller, but no later budget can exceed m
     """
+
     nested = True
 
 
@@ -255,10 +277,10 @@ class Latent(Attention):
         return self.d_c + self.d_R
 
     def write(self, x, positions, m):
-        c_KV = self.norm_KV(self.W_DKV(x))                          # (41) [B,T,d_c]
-        k_R = to_heads(self.W_KR, x, 1, self.d_R)                   # one for all heads
-        k_R = rope(k_R, positions, self.rope_base).flatten(2)       # (43) [B,T,d_R]
-        return torch.cat((c_KV, k_R), -1)                           # the whole row, whatever m
+        c_KV = self.norm_KV(self.W_DKV(x))  # (41) [B,T,d_c]
+        k_R = to_heads(self.W_KR, x, 1, self.d_R)  # one for all heads
+        k_R = rope(k_R, positions, self.rope_base).flatten(2)  # (43) [B,T,d_R]
+        return torch.cat((c_KV, k_R), -1)  # the whole row, whatever m
 
 
 class MLA(Latent):
@@ -283,29 +305,34 @@ class MLA(Latent):
         self.W_O = nn.Linear(c.n_h * c.d_h, c.d, bias=False)
 
     def queries(self, x, positions, m):
-        c_Q = self.norm_Q(self.W_DQ(x))                             # (37) [B,T,d_cq]
-        q_C = to_heads(self.W_UQ, c_Q, m, self.d_h)                 # (38) [B,T,m,d_h]
-        q_R = to_heads(self.W_QR, c_Q, m, self.d_R)                 # (39) [B,T,m,d_R]
+        c_Q = self.norm_Q(self.W_DQ(x))  # (37) [B,T,d_cq]
+        q_C = to_heads(self.W_UQ, c_Q, m, self.d_h)  # (38) [B,T,m,d_h]
+        q_R = to_heads(self.W_QR, c_Q, m, self.d_R)  # (39) [B,T,m,d_R]
         return q_C, rope(q_R, positions, self.rope_base)
 
     def read(self, x, rows, positions, m):
         c_KV, k_R = rows.split((self.d_c, self.d_R), -1)
-        k_C = to_heads(self.W_UK, c_KV, m, self.d_h)                # (42) [B,S,m,d_h]
-        v_C = to_heads(self.W_UV, c_KV, m, self.d_h)                # (45) [B,S,m,d_h]
-        k_R = k_R.unsqueeze(2).expand(-1, -1, m, -1)                # one key for all heads
-        k = torch.cat((k_C, k_R), -1)                               # (44) [B,S,m,d_h+d_R]
-        q = torch.cat(self.queries(x, positions, m), -1)            # (40) [B,T,m,d_h+d_R]
-        o = attend(q, k, v_C, positions, self.scale)                # (46) [B,T,m,d_h]
-        return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])                       # (47)
+        k_C = to_heads(self.W_UK, c_KV, m, self.d_h)  # (42) [B,S,m,d_h]
+        v_C = to_heads(self.W_UV, c_KV, m, self.d_h)  # (45) [B,S,m,d_h]
+        k_R = k_R.unsqueeze(2).expand(-1, -1, m, -1)  # one key for all heads
+        k = torch.cat((k_C, k_R), -1)  # (44) [B,S,m,d_h+d_R]
+        q = torch.cat(self.queries(x, positions, m), -1)  # (40) [B,T,m,d_h+d_R]
+        o = attend(q, k, v_C, positions, self.scale)  # (46) [B,T,m,d_h]
+        return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])  # (47)
 
     def read_absorbed(self, x, rows, positions, m):
         q_C, q_R = self.queries(x, positions, m)
         W_UK, W_UV = (W.weight.unflatten(0, (-1, self.d_h))[:m] for W in (self.W_UK, self.W_UV))
-        q_latent = torch.einsum("bthd,hdc->bthc", q_C, W_UK)        # W_UKᵀ q_C: the query enters the latent
-        q, row = torch.cat((q_latent, q_R), -1), rows.unsqueeze(2)  # the row is the key, its c_KV the value
-        o = attend(q, row, row[..., : self.d_c], positions, self.scale)                     # (46) [B,T,m,d_c]
-        o = torch.einsum("bthc,hdc->bthd", o, W_UV)                 # W_UV Σ p c: back to the width of a head
-        return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])                       # (47)
+        q_latent = torch.einsum(
+            "bthd,hdc->bthc", q_C, W_UK
+        )  # W_UKᵀ q_C: the query enters the latent
+        q, row = (
+            torch.cat((q_latent, q_R), -1),
+            rows.unsqueeze(2),
+        )  # the row is the key, its c_KV the value
+        o = attend(q, row, row[..., : self.d_c], positions, self.scale)  # (46) [B,T,m,d_c]
+        o = torch.einsum("bthc,hdc->bthd", o, W_UV)  # W_UV Σ p c: back to the width of a head
+        return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])  # (47)
 
 
 class MatMLA(MLA):
@@ -313,6 +340,7 @@ class MatMLA(MLA):
 
     So one set of weights has one cache of one shape, and m may change from token to token, both ways.
     """
+
     nested = True
 
 
@@ -357,9 +385,11 @@ class GPT(nn.Module):
         if config.tie:
             self.unembed.weight = self.embed.weight
         for name, p in self.named_parameters():
-            if p.dim() == 2:                                        # smaller where it adds to the residual
+            if p.dim() == 2:  # smaller where it adds to the residual
                 into_residual = name.endswith(("W_O.weight", "W_down.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
+                nn.init.normal_(
+                    p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02
+                )
 
     def forward(self, tokens, targets=None, heads=None, cache=None):
         """tokens [B, T] -> logits [B, T, vocab_size], and the mean loss in nats if targets [B, T] are given.
@@ -391,7 +421,9 @@ class GPT(nn.Module):
         attention = self.blocks[0].attention
         heads = max(attention.check(heads, batch, attention.n_h))
         shape = len(self.blocks), batch, capacity, attention.numbers(heads)
-        heads = heads if isinstance(attention, NestedMHA) else attention.n_h    # of others, rows fit all
+        heads = (
+            heads if isinstance(attention, NestedMHA) else attention.n_h
+        )  # of others, rows fit all
         return ModelCache(Cache(rows, heads) for rows in self.embed.weight.new_zeros(shape))
 
     def step(self, tokens, heads, cache):
@@ -407,14 +439,19 @@ class GPT(nn.Module):
         """
         budgets, context = heads if isinstance(heads, list) else [heads] * n, self.config.context
         if tokens.shape[1] == 0 or len(budgets) != n:
-            raise ValueError(f"{tokens.shape[1]} tokens to continue, {len(budgets)} budgets for {n} new ones")
+            raise ValueError(
+                f"{tokens.shape[1]} tokens to continue, {len(budgets)} budgets for {n} new ones"
+            )
         for m in budgets:
             self.blocks[0].attention.check(m, len(tokens), self.config.n_h)
         new = tokens = tokens[:, -context:]
         cache = self.new_cache(len(tokens), min(context, tokens.shape[1] + n))
         for m in budgets:
             if cache.length == context:
-                new, cache = tokens[:, -max(context // 2, 1) :], self.new_cache(len(tokens), context)
+                new, cache = (
+                    tokens[:, -max(context // 2, 1) :],
+                    self.new_cache(len(tokens), context),
+                )
             new = sample(self.step(new, m, cache), temperature, top_k, top_p, generator)
             tokens = torch.cat((tokens, new), 1)
             yield new[:, 0]
@@ -429,12 +466,16 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
     by it; then the top_k most likely tokens stay; then the fewest of these that together have top_p.
     """
     if not temperature >= 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_k {top_k} too low, or top_p {top_p} not in 0..1")
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k} too low, or top_p {top_p} not in 0..1"
+        )
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, tokens = logits.float().sort(descending=True, stable=True)
     p = ((logits - logits[:, :1]) / max(temperature, 1e-30))[:, :top_k].softmax(-1)
     p = p * (p.cumsum(-1) - p < top_p)
-    ends = p.cumsum(-1)                                             # every token has a stretch of 0..ends[-1]
+    ends = p.cumsum(-1)  # every token has a stretch of 0..ends[-1]
     u = torch.rand(len(p), 1, device=p.device, generator=generator) * ends[:, -1:]
-    return tokens.gather(-1, (ends <= u).sum(-1, keepdim=True))     # the one whose stretch u falls into
+    return tokens.gather(
+        -1, (ends <= u).sum(-1, keepdim=True)
+    )  # the one whose stretch u falls into

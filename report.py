@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import Parser, evaluate, load, perplexity, pick_device, print_row    # first of ours
+from common import Parser, evaluate, load, perplexity, pick_device, print_row  # first of ours
 from data import encode
 
 
@@ -29,9 +29,9 @@ def draw_losses(runs, path):
     """Draw the losses of runs against steps, and how far they are behind those of the first run at all its heads."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    firsts = {}                                                     # losses of the first run: batches, held out
+    firsts = {}  # losses of the first run: batches, held out
     for run in runs:
-        lines = {"batches": {}}                                     # {name: {step: loss}}
+        lines = {"batches": {}}  # {name: {step: loss}}
         for entry in read_log(run):
             if "loss" in entry:
                 lines["batches"][entry["step"]] = entry["loss"]
@@ -56,13 +56,15 @@ def text_loss(run, text):
     tokens = np.concatenate([part for _, part in encode(text, encoding)])
     count = (len(tokens) - 1) // model.config.context
     if count == 0:
-        raise ValueError(f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed")
+        raise ValueError(
+            f"{text} has {len(tokens)} tokens, more than the context of {model.config.context} are needed"
+        )
     return evaluate(model, tokens, count)
 
 
 def report(runs, out, text=None):
     """Print the table of finished runs, and draw their figure. ValueError for two runs of one name or seed."""
-    runs, finals, rows = [run.resolve() for run in runs], {}, {}    # resolved, `.` too has a name
+    runs, finals, rows = [run.resolve() for run in runs], {}, {}  # resolved, `.` too has a name
     for run in runs:
         if run.name in finals:
             raise ValueError(f"two runs are named {run.name}; rename the folder of one")
@@ -70,19 +72,31 @@ def report(runs, out, text=None):
         if text:
             final |= {"text": str(text), "text_loss": text_loss(run, text)}
         name = run.stem if run.suffix == f".{final['seed']}" else run.name
-        row = rows.setdefault((name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), {})
+        row = rows.setdefault(
+            (name, final["variant"], final["parameters"], final["tokens"], *final["val_loss"]), {}
+        )
         if final["seed"] in row:
-            raise ValueError(f"two runs named {name} have seed {final['seed']}; rename the folder of one")
+            raise ValueError(
+                f"two runs named {name} have seed {final['seed']}; rename the folder of one"
+            )
         row[final["seed"]] = final
     for (name, variant, parameters, tokens, *budgets), row in rows.items():
         one = next(iter(row.values()))
         for m in budgets:
             losses = [final["val_loss"][m] for final in row.values()]
-            cells = {"run": name, "variant": variant, "heads": m, "parameters": parameters, "tokens": tokens,
-                     "training FLOPs": f"{one['flops']:.3g}", "seconds": round(one["seconds"]),
-                     "cache, bytes per token": one["cache_bytes"],
-                     "held-out loss": f"{np.mean(losses):.4f}" + f" ± {np.ptp(losses) / 2:.4f}" * (len(row) > 1),
-                     "perplexity": perplexity(np.mean(losses))}
+            cells = {
+                "run": name,
+                "variant": variant,
+                "heads": m,
+                "parameters": parameters,
+                "tokens": tokens,
+                "training FLOPs": f"{one['flops']:.3g}",
+                "seconds": round(one["seconds"]),
+                "cache, bytes per token": one["cache_bytes"],
+                "held-out loss": f"{np.mean(losses):.4f}"
+                + f" ± {np.ptp(losses) / 2:.4f}" * (len(row) > 1),
+                "perplexity": perplexity(np.mean(losses)),
+            }
             if text:
                 mean = np.mean([final["text_loss"][int(m)] for final in row.values()])
                 cells[f"perplexity of {Path(text).name}"] = perplexity(mean)
@@ -95,9 +109,15 @@ def report(runs, out, text=None):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--text", help="also their perplexity on this text, a .txt, .jsonl or .parquet file")
-    parser.add_argument("--out", default=Path("out"), type=Path, help="folder for what several runs are drawn in")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run"
+    )
+    parser.add_argument(
+        "--text", help="also their perplexity on this text, a .txt, .jsonl or .parquet file"
+    )
+    parser.add_argument(
+        "--out", default=Path("out"), type=Path, help="folder for what several runs are drawn in"
+    )
     args = parser.parse_args()
     parser.attempt(report, args.runs, args.out, args.text)
 

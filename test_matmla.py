@@ -21,14 +21,26 @@ import exercises
 import matmla
 from tests.grading import FAR, REFERENCE, WRONG, graft, load
 
-torch.set_num_threads(1)    # the tensors are tiny: threads would only wait for each other
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 VARIANTS = "mha", "nested_mha", "gqa", "mla", "matmla"
 NESTED, LATENT = ["nested_mha", "matmla"], ["mla", "matmla"]
-TIGHT = 1e-10    # float64: rounding only
-LOOSE = 1e-5     # float32
+TIGHT = 1e-10  # float64: rounding only
+LOOSE = 1e-5  # float32
 
 # All sizes differ, so that a swapped axis cannot go unseen.
-SIZES = dict(vocab_size=37, context=16, n_layer=2, d=40, n_h=6, n_kv=3, d_h=10, d_c=14, d_cq=22, d_R=8, d_ff=36)
+SIZES = dict(
+    vocab_size=37,
+    context=16,
+    n_layer=2,
+    d=40,
+    n_h=6,
+    n_kv=3,
+    d_h=10,
+    d_c=14,
+    d_cq=22,
+    d_R=8,
+    d_ff=36,
+)
 B, T = 2, 11
 
 
@@ -47,7 +59,9 @@ def make(attention, dtype=torch.float64, lab=None, **sizes):
 
 
 def some_tokens(batch=B, length=T, seed=1):
-    return torch.randint(SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def error(a, b):
@@ -69,7 +83,10 @@ def readers(model):
 def chunked(model, tokens, lengths, heads):
     """Logits of tokens [B, T] fed through a cache in chunks, each with its own heads; and the cache."""
     cache = model.new_cache(len(tokens), tokens.shape[1])
-    logits = [model(chunk, heads=m, cache=cache)[0] for chunk, m in zip(tokens.split(lengths, 1), heads, strict=True)]
+    logits = [
+        model(chunk, heads=m, cache=cache)[0]
+        for chunk, m in zip(tokens.split(lengths, 1), heads, strict=True)
+    ]
     return torch.cat(logits, 1), cache
 
 
@@ -111,28 +128,39 @@ def oracle_attention(a, c, h, m):
     u = [torch.zeros(c.d, dtype=torch.float64) for _ in h]
     latent = c.attention in LATENT
     if latent:
-        c_Q = [oracle_rmsnorm(a.W_DQ.weight @ x, a.norm_Q) if c.d_cq else x for x in h]            # (37)
-        c_KV = [oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV) for x in h]                          # (41)
-        k_R = [oracle_rope(a.W_KR.weight @ x, t, c.rope_base) for t, x in enumerate(h)]            # (43)
+        c_Q = [oracle_rmsnorm(a.W_DQ.weight @ x, a.norm_Q) if c.d_cq else x for x in h]  # (37)
+        c_KV = [oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV) for x in h]  # (41)
+        k_R = [oracle_rope(a.W_KR.weight @ x, t, c.rope_base) for t, x in enumerate(h)]  # (43)
     for i in range(max(m)):
         if latent:
             q = [
-                torch.cat((part(a.W_UQ, i, c.d_h) @ x, oracle_rope(part(a.W_QR, i, c.d_R) @ x, t, c.rope_base)))
-                for t, x in enumerate(c_Q)                                                         # (38)-(40)
+                torch.cat(
+                    (
+                        part(a.W_UQ, i, c.d_h) @ x,
+                        oracle_rope(part(a.W_QR, i, c.d_R) @ x, t, c.rope_base),
+                    )
+                )
+                for t, x in enumerate(c_Q)  # (38)-(40)
             ]
-            k = [torch.cat((part(a.W_UK, i, c.d_h) @ x, k_R[s])) for s, x in enumerate(c_KV)]      # (42) (44)
-            v = [part(a.W_UV, i, c.d_h) @ x for x in c_KV]                                         # (45)
+            k = [
+                torch.cat((part(a.W_UK, i, c.d_h) @ x, k_R[s])) for s, x in enumerate(c_KV)
+            ]  # (42) (44)
+            v = [part(a.W_UV, i, c.d_h) @ x for x in c_KV]  # (45)
         else:
             j = i // (c.n_h // c.n_kv) if c.attention == "gqa" else i
-            q = [oracle_rope(part(a.W_Q, i, c.d_h) @ x, t, c.rope_base) for t, x in enumerate(h)]  # (1) (4)
-            k = [oracle_rope(part(a.W_K, j, c.d_h) @ x, t, c.rope_base) for t, x in enumerate(h)]  # (2) (5)
-            v = [part(a.W_V, j, c.d_h) @ x for x in h]                                             # (3) (6)
+            q = [
+                oracle_rope(part(a.W_Q, i, c.d_h) @ x, t, c.rope_base) for t, x in enumerate(h)
+            ]  # (1) (4)
+            k = [
+                oracle_rope(part(a.W_K, j, c.d_h) @ x, t, c.rope_base) for t, x in enumerate(h)
+            ]  # (2) (5)
+            v = [part(a.W_V, j, c.d_h) @ x for x in h]  # (3) (6)
         for t in range(len(h)):
             if i < m[t]:
                 scores = torch.stack([q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(t + 1)])
                 p = scores.exp() / scores.exp().sum()
-                o = sum(p[s] * v[s] for s in range(t + 1))                                         # (7) (46)
-                u[t] = u[t] + a.W_O.weight[:, i * c.d_h : (i + 1) * c.d_h] @ o                     # (8) (47)
+                o = sum(p[s] * v[s] for s in range(t + 1))  # (7) (46)
+                u[t] = u[t] + a.W_O.weight[:, i * c.d_h : (i + 1) * c.d_h] @ o  # (8) (47)
     return u
 
 
@@ -145,13 +173,17 @@ def oracle(model, tokens, heads):
     for sequence in tokens:
         x = [model.embed.weight[t] for t in sequence]
         for block in model.blocks:
-            u = oracle_attention(block.attention, c, [oracle_rmsnorm(v, block.norm_attention) for v in x], heads)
+            u = oracle_attention(
+                block.attention, c, [oracle_rmsnorm(v, block.norm_attention) for v in x], heads
+            )
             x = [v + w for v, w in zip(x, u)]
             for t, v in enumerate(x):
                 v = oracle_rmsnorm(v, block.norm_feed_forward)
                 g = block.W_gate.weight @ v
                 x[t] = x[t] + block.W_down.weight @ (g / (1 + (-g).exp()) * (block.W_up.weight @ v))
-        logits.append(torch.stack([model.unembed.weight @ oracle_rmsnorm(v, model.norm) for v in x]))
+        logits.append(
+            torch.stack([model.unembed.weight @ oracle_rmsnorm(v, model.norm) for v in x])
+        )
     return torch.stack(logits)
 
 
@@ -184,8 +216,14 @@ def test_any_chunking_through_a_cache_equals_oracle_naive_and_absorbed(attention
 def test_budget_changes_within_a_sequence_equal_oracle(attention):
     """Written with all heads, continued with few, then with all again, on one cache."""
     model, tokens = make(attention), some_tokens(1)
-    for lengths, heads in (([4, 3, 4], [6, 2, 6]), ([1] * T, [1, 6, 3] * 3 + [5, 1]), ([2, 8, 1], [1, 4, 6])):
-        expected = oracle(model, tokens, [m for length, m in zip(lengths, heads) for _ in range(length)])
+    for lengths, heads in (
+        ([4, 3, 4], [6, 2, 6]),
+        ([1] * T, [1, 6, 3] * 3 + [5, 1]),
+        ([2, 8, 1], [1, 4, 6]),
+    ):
+        expected = oracle(
+            model, tokens, [m for length, m in zip(lengths, heads) for _ in range(length)]
+        )
         for _ in readers(model):
             assert error(chunked(model, tokens, lengths, heads)[0], expected) < TIGHT
 
@@ -197,9 +235,15 @@ def test_tuple_of_budgets_equals_each_sequence_alone(attention, heads):
     parts = tokens.chunk(len(heads))
     alone = [model(part, heads=m)[0] for part, m in zip(parts, heads)]
     assert error(model(tokens, heads=heads)[0], torch.cat(alone)) < TIGHT
-    for _ in readers(model):                                        # through a cache, where budgets change on the way
-        alone = [chunked(model, part, [6, 1, 4], [m, n, 6])[0] for part, m, n in zip(parts, heads, heads[::-1])]
-        assert error(chunked(model, tokens, [6, 1, 4], [heads, heads[::-1], 6])[0], torch.cat(alone)) < TIGHT
+    for _ in readers(model):  # through a cache, where budgets change on the way
+        alone = [
+            chunked(model, part, [6, 1, 4], [m, n, 6])[0]
+            for part, m, n in zip(parts, heads, heads[::-1])
+        ]
+        assert (
+            error(chunked(model, tokens, [6, 1, 4], [heads, heads[::-1], 6])[0], torch.cat(alone))
+            < TIGHT
+        )
 
 
 @every_nested
@@ -227,11 +271,20 @@ def test_rope_turns_interleaved_pairs_and_tells_late_positions_apart_in_bfloat16
 
 @every_nested
 def test_m_heads_are_a_separate_model_of_the_first_m_heads_and_cost_as_much(attention):
-    model, tokens, plain = make(attention), some_tokens(), {"nested_mha": "mha", "matmla": "mla"}[attention]
+    model, tokens, plain = (
+        make(attention),
+        some_tokens(),
+        {"nested_mha": "mha", "matmla": "mla"}[attention],
+    )
     for m in (1, 4):
         config = dataclasses.replace(model.config, attention=plain, n_h=m)
         small, state = matmla.GPT(config).double(), model.state_dict()
-        small.load_state_dict({name: state[name][tuple(map(slice, p.shape))] for name, p in small.state_dict().items()})
+        small.load_state_dict(
+            {
+                name: state[name][tuple(map(slice, p.shape))]
+                for name, p in small.state_dict().items()
+            }
+        )
         assert error(model(tokens, heads=m)[0], small(tokens)[0]) < TIGHT
         assert operations(model, tokens, heads=m) == operations(small, tokens)
 
@@ -243,8 +296,12 @@ def test_cache_holds_the_normed_latent_and_the_rotated_key(attention):
     for t, token in enumerate(tokens[0]):
         x = oracle_rmsnorm(model.embed.weight[token], model.blocks[0].norm_attention)
         c_KV, k_R = cache.rows[0, t].split((14, 8))
-        assert error(c_KV, oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV)) < TIGHT, "c_KV is cached after its norm"
-        assert error(k_R, oracle_rope(a.W_KR.weight @ x, t, 10000.0)) < TIGHT, "k_R is cached after RoPE"
+        assert error(c_KV, oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV)) < TIGHT, (
+            "c_KV is cached after its norm"
+        )
+        assert error(k_R, oracle_rope(a.W_KR.weight @ x, t, 10000.0)) < TIGHT, (
+            "k_R is cached after RoPE"
+        )
 
 
 @every_variant
@@ -253,13 +310,15 @@ def test_cache_bytes_are_numbers_per_token_times_everything(attention):
     for dtype, size in ((torch.float64, 8), (torch.bfloat16, 2)):
         cache = make(attention, dtype).new_cache(3, 17)
         assert cache.nbytes == numbers * 2 * size * 17 * 3 and cache.length == 0
-        assert cache.nbytes == cache[0].rows.untyped_storage().nbytes()                            # all layers share it
+        assert cache.nbytes == cache[0].rows.untyped_storage().nbytes()  # all layers share it
 
 
 @every_nested
 def test_full_cache_has_one_size_and_content_whatever_the_budget(attention):
     model = make(attention, n_layer=1)
-    assert attention == "nested_mha" or {model.new_cache(1, 9, heads=m).nbytes for m in range(1, 7)} == {22 * 9 * 8}
+    assert attention == "nested_mha" or {
+        model.new_cache(1, 9, heads=m).nbytes for m in range(1, 7)
+    } == {22 * 9 * 8}
     at_4, at_6 = (chunked(model, some_tokens(), [T], [m])[1][0].rows for m in (4, 6))
     assert torch.equal(at_4, at_6) and at_4.all()
 
@@ -272,7 +331,9 @@ def test_nested_mha_ragged_cache_is_smaller_and_cannot_grow():
         model(tokens[:, :9], heads=4, cache=cache)
     with pytest.raises(ValueError, match=r"6 heads asked.* 1\.\.4 "):
         model(tokens[:, 9:], heads=6, cache=ragged)
-    smaller = [model(tokens[:, 9:], heads=2, cache=cache)[0] for cache in (full, ragged)]          # down is possible
+    smaller = [
+        model(tokens[:, 9:], heads=2, cache=cache)[0] for cache in (full, ragged)
+    ]  # down is possible
     assert error(*smaller) < TIGHT
 
 
@@ -288,34 +349,55 @@ def test_overfull_cache_is_refused_and_stays_usable(attention):
     assert error(torch.cat((before, after), 1), model(tokens[:, :10])[0]) < TIGHT
 
 
-@pytest.mark.parametrize("attention, heads, numbers", [
-    ("matmla", 0, "0 6"), ("matmla", 7, "7 6"), ("matmla", -1, "-1 6"), ("nested_mha", 7, "7 6"), ("mha", 4, "4 6"),
-    ("gqa", 4, "4 6"), ("mla", 4, "4 6"), ("mla", (6, 4), "4 6"), ("matmla", (3, 7), "7 6"),
-    ("matmla", (3, 4, 5), "3 2"), ("matmla", (), "0 2"),
-])
+@pytest.mark.parametrize(
+    "attention, heads, numbers",
+    [
+        ("matmla", 0, "0 6"),
+        ("matmla", 7, "7 6"),
+        ("matmla", -1, "-1 6"),
+        ("nested_mha", 7, "7 6"),
+        ("mha", 4, "4 6"),
+        ("gqa", 4, "4 6"),
+        ("mla", 4, "4 6"),
+        ("mla", (6, 4), "4 6"),
+        ("matmla", (3, 7), "7 6"),
+        ("matmla", (3, 4, 5), "3 2"),
+        ("matmla", (), "0 2"),
+    ],
+)
 def test_wrong_heads_are_refused_with_both_numbers(attention, heads, numbers):
     model = make(attention)
     for cache in (None, model.new_cache(B, T)):
         with pytest.raises(ValueError) as refusal:
             model(some_tokens(), heads=heads, cache=cache)
-        assert all(n in str(refusal.value) for n in numbers.split()) and (cache is None or cache.length == 0)
+        assert all(n in str(refusal.value) for n in numbers.split()) and (
+            cache is None or cache.length == 0
+        )
 
 
-@pytest.mark.parametrize("use, numbers", [
-    (lambda model: model(some_tokens(length=17)), "17 16"),
-    (lambda model: [model(some_tokens(), cache=cache) for cache in [model.new_cache(B, 99)] * 2], "22 16"),
-    (lambda model: model(some_tokens(3), cache=model.new_cache(2, T)), "3 2"),
-    (lambda model: model.generate(some_tokens(length=0), 3), "0"),
-    (lambda model: model.generate(some_tokens(), 3, heads=[6, 4]), "2 3"),
-    (lambda model: matmla.sample(torch.zeros(1, 5), -1.0), "-1.0 0"),
-    (lambda model: matmla.sample(torch.zeros(1, 5), top_k=0), "0 1"),
-    (lambda model: matmla.sample(torch.zeros(1, 5), top_p=1.5), "1.5 1"),
-    (lambda model: make("gqa", n_kv=4), "6 4"),
-    (lambda model: make("mla", d_R=7), "7 even"),
-    (lambda model: make("mha", d_h=9), "9 even"),
-    (lambda model: make("mla", d_c=0), "0 d_c"),
-    (lambda model: make("mhla"), "mhla matmla"),
-])
+@pytest.mark.parametrize(
+    "use, numbers",
+    [
+        (lambda model: model(some_tokens(length=17)), "17 16"),
+        (
+            lambda model: [
+                model(some_tokens(), cache=cache) for cache in [model.new_cache(B, 99)] * 2
+            ],
+            "22 16",
+        ),
+        (lambda model: model(some_tokens(3), cache=model.new_cache(2, T)), "3 2"),
+        (lambda model: model.generate(some_tokens(length=0), 3), "0"),
+        (lambda model: model.generate(some_tokens(), 3, heads=[6, 4]), "2 3"),
+        (lambda model: matmla.sample(torch.zeros(1, 5), -1.0), "-1.0 0"),
+        (lambda model: matmla.sample(torch.zeros(1, 5), top_k=0), "0 1"),
+        (lambda model: matmla.sample(torch.zeros(1, 5), top_p=1.5), "1.5 1"),
+        (lambda model: make("gqa", n_kv=4), "6 4"),
+        (lambda model: make("mla", d_R=7), "7 even"),
+        (lambda model: make("mha", d_h=9), "9 even"),
+        (lambda model: make("mla", d_c=0), "0 d_c"),
+        (lambda model: make("mhla"), "mhla matmla"),
+    ],
+)
 def test_wrong_use_is_refused_with_both_numbers(use, numbers):
     with pytest.raises(ValueError) as refusal:
         use(make("matmla"))
@@ -325,7 +407,9 @@ def test_wrong_use_is_refused_with_both_numbers(use, numbers):
 def test_loss_is_the_mean_cross_entropy_and_float32_also_of_bfloat16_logits():
     model, targets = make("mla"), some_tokens()
     logits = torch.randn(B, T, 37, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = -sum(logits.double()[b, t].log_softmax(0)[targets[b, t]] for b in range(B) for t in range(T)) / (B * T)
+    expected = -sum(
+        logits.double()[b, t].log_softmax(0)[targets[b, t]] for b in range(B) for t in range(T)
+    ) / (B * T)
     loss = model.loss(logits, targets)
     assert loss.dtype == torch.float32 and abs(loss - expected) < 1e-5
     assert model(targets)[1] is None and model(targets, targets)[1].dtype == torch.float64
@@ -336,13 +420,15 @@ def test_input_and_output_embedding_are_one_matrix_unless_told_otherwise():
         model = make("mla", tie=tie)
         model(some_tokens(), some_tokens(seed=2))[1].backward()
         shared = model.embed.weight.data_ptr() == model.unembed.weight.data_ptr()
-        assert shared == tie and len([p for p in model.parameters() if p.shape == (37, 40)]) == 2 - tie
+        assert (
+            shared == tie and len([p for p in model.parameters() if p.shape == (37, 40)]) == 2 - tie
+        )
 
 
 @every_variant
 def test_weights_are_drawn_at_0_02_and_smaller_where_they_add_to_the_residual(attention):
     torch.manual_seed(0)
-    model = matmla.GPT(matmla.Config(attention=attention))              # 4 layers, which add 8 times
+    model = matmla.GPT(matmla.Config(attention=attention))  # 4 layers, which add 8 times
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 0.02 / 8**0.5 if "W_O" in name or "W_down" in name else 0.02
@@ -368,18 +454,26 @@ def test_generation_goes_on_past_the_context_and_repeats_with_its_seed():
     model = make("matmla")
     for length in (1, 15, 16, 17, 40):
         tokens = some_tokens(length=length)
-        a, b = (model.generate(tokens, 20, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-        assert a.shape == (B, length + 20) and torch.equal(a, b) and torch.equal(a[:, :length], tokens)
+        a, b = (
+            model.generate(tokens, 20, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        )
+        assert (
+            a.shape == (B, length + 20) and torch.equal(a, b) and torch.equal(a[:, :length], tokens)
+        )
 
 
 def test_the_end_of_a_long_prompt_counts_and_the_context_is_used_to_its_last_token():
     model, prompt = make("matmla"), some_tokens(length=40)
     text = model.generate(prompt, 2, temperature=0)
-    assert torch.equal(model(prompt[:, -16:])[0][:, -1].argmax(-1), text[:, -2])    # its beginning does not
-    assert torch.equal(model(text[:, -9:-1])[0][:, -1].argmax(-1), text[:, -1])                    # half is forgotten
-    text = model.generate(prompt[:, :10], 8, temperature=0)                                        # 16, and 2 more
+    assert torch.equal(
+        model(prompt[:, -16:])[0][:, -1].argmax(-1), text[:, -2]
+    )  # its beginning does not
+    assert torch.equal(model(text[:, -9:-1])[0][:, -1].argmax(-1), text[:, -1])  # half is forgotten
+    text = model.generate(prompt[:, :10], 8, temperature=0)  # 16, and 2 more
     predicted = model(text[:, :16])[0].argmax(-1)
-    assert torch.equal(predicted[:, 9:], text[:, 10:17]), "the full context must still be read as a whole"
+    assert torch.equal(predicted[:, 9:], text[:, 10:17]), (
+        "the full context must still be read as a whole"
+    )
     assert torch.equal(model(text[:, 9:17])[0][:, -1].argmax(-1), text[:, 17])
 
 
@@ -390,22 +484,31 @@ def test_all_budgets_of_a_schedule_are_checked_before_the_first_token():
 
 
 def test_temperature_0_and_top_k_1_and_a_tiny_top_p_are_greedy():
-    logits = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).round(decimals=1)     # with ties
-    greedy = torch.from_numpy(logits.numpy().argmax(-1))[:, None]                                  # the first of them
+    logits = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).round(
+        decimals=1
+    )  # with ties
+    greedy = torch.from_numpy(logits.numpy().argmax(-1))[:, None]  # the first of them
     for settings in (0,), (1.0, 1), (0.7, None, 1e-6):
         assert torch.equal(matmla.sample(logits, *settings), greedy)
-    top = logits.topk(5).values[:, -1:]                                                            # at any temperature
+    top = logits.topk(5).values[:, -1:]  # at any temperature
     for temperature in (1e-300, 1e-30, 1e39, math.inf):
         assert (logits.gather(1, matmla.sample(logits, temperature, 5)) >= top).all()
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p, left", [
-    (1.0, None, 1.0, [0, 1, 2, 3, 4]), (1.0, 3, 1.0, [1, 3, 4]), (1.0, None, 0.6, [1, 3]), (1.0, None, 0.66, [1, 3, 4]),
-    (1.0, 2, 0.3, [1]), (0.5, None, 1.0, [0, 1, 2, 3, 4]),
-    (0.5, None, 0.6, [1, 3]),       # 0.58 + 0.23: before temperature it would be 0.4 + 0.25
-    (0.5, None, 0.57, [1]),         # and so these two tokens, not one
-    (1.0, 3, 0.75, [1, 3]),         # of three 0.47 + 0.29; of all, 0.4 + 0.25 + 0.2 would be needed
-])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, left",
+    [
+        (1.0, None, 1.0, [0, 1, 2, 3, 4]),
+        (1.0, 3, 1.0, [1, 3, 4]),
+        (1.0, None, 0.6, [1, 3]),
+        (1.0, None, 0.66, [1, 3, 4]),
+        (1.0, 2, 0.3, [1]),
+        (0.5, None, 1.0, [0, 1, 2, 3, 4]),
+        (0.5, None, 0.6, [1, 3]),  # 0.58 + 0.23: before temperature it would be 0.4 + 0.25
+        (0.5, None, 0.57, [1]),  # and so these two tokens, not one
+        (1.0, 3, 0.75, [1, 3]),  # of three 0.47 + 0.29; of all, 0.4 + 0.25 + 0.2 would be needed
+    ],
+)
 def test_sampling_takes_temperature_then_top_k_then_top_p(temperature, top_k, top_p, left):
     p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
     draw = torch.Generator().manual_seed(0)
@@ -420,7 +523,12 @@ def test_a_token_of_probability_0_is_never_sampled(monkeypatch):
     logits = torch.tensor([[-math.inf, 3.0, -math.inf, 1.0, 2.0, -200.0]])
     for u in (0.0, torch.finfo(torch.float32).tiny, 1 - 2**-24):
         monkeypatch.setattr(torch, "rand", lambda *shape, **kw: torch.full(shape, u))
-        for top_k, top_p, allowed in ((None, 1.0, {1, 3, 4}), (2, 1.0, {1, 4}), (None, 0.9, {1, 4}), (None, 0.5, {1})):
+        for top_k, top_p, allowed in (
+            (None, 1.0, {1, 3, 4}),
+            (2, 1.0, {1, 4}),
+            (None, 0.9, {1, 4}),
+            (None, 0.5, {1}),
+        ):
             assert matmla.sample(logits, 1.0, top_k, top_p).item() in allowed, (u, top_k, top_p)
 
 
@@ -430,10 +538,19 @@ def test_a_token_of_probability_0_is_never_sampled(monkeypatch):
 def difference(found, expected):
     """What is wrong with `found`, or None."""
     if not isinstance(expected, torch.Tensor):
-        return None if found == expected else "not so" if expected is True else f"{found}, but {expected} is right"
+        return (
+            None
+            if found == expected
+            else "not so"
+            if expected is True
+            else f"{found}, but {expected} is right"
+        )
     if not isinstance(found, torch.Tensor):
         return f"{found}, but a tensor is right"
-    for what, x, right in ("shape", [*found.shape], [*expected.shape]), ("dtype", found.dtype, expected.dtype):
+    for what, x, right in (
+        ("shape", [*found.shape], [*expected.shape]),
+        ("dtype", found.dtype, expected.dtype),
+    ):
         if x != right:
             return f"the {what} is {x}, but {right} is right"
     a, b = found.double(), expected.double()
@@ -447,7 +564,15 @@ def difference(found, expected):
         return f"it is {factor:.4g} times what is right"
     where = []
     for axis, name in enumerate(("sequence", "token", "head")[: a.dim() - 1]):
-        places = (~((a - b).abs() <= 1e-6)).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
+        places = (
+            (~((a - b).abs() <= 1e-6))
+            .transpose(0, axis)
+            .flatten(1)
+            .any(1)
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
         where += [f"{name} {', '.join(map(str, places))}"] if len(places) < a.shape[axis] else []
     return f"off by {off:.1e}, in {' and '.join(where) or 'every token'}"
 
@@ -456,10 +581,16 @@ def obstacle(answers, file):
     """Why the file cannot be graded at all, in one line, or None."""
     try:
         load(answers, file)
-        gone = exercises.definitions(ast.parse(REFERENCE)).keys() - exercises.definitions(ast.parse(answers))
+        gone = exercises.definitions(ast.parse(REFERENCE)).keys() - exercises.definitions(
+            ast.parse(answers)
+        )
         return f"{file}:1: {', '.join(sorted(gone))} must stay" if gone else None
     except Exception as failure:
-        lines = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == file]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(failure.__traceback__)
+            if frame.filename == file
+        ]
         line = getattr(failure, "lineno", None) or [1, *lines][-1]
         return f"{file}:{line}: {type(failure).__name__}: {getattr(failure, 'msg', failure)}"
 
@@ -468,10 +599,12 @@ def mistake(number, step, found):
     """In words: the known wrong answer that gives just this, or nothing."""
     for why, edit in WRONG[number].items() if not isinstance(found, bool) else ():
         try:
-            _, theirs = next(itertools.islice(looks(number, load(REFERENCE.replace(*edit))), step, None))
+            _, theirs = next(
+                itertools.islice(looks(number, load(REFERENCE.replace(*edit))), step, None)
+            )
             if difference(found, theirs) is None:
                 return f"{why}: "
-        except Exception:    # that one does not come so far
+        except Exception:  # that one does not come so far
             continue
     return ""
 
@@ -483,24 +616,37 @@ def grade(number, answers, file="my_matmla.py"):
     blank = [name for name in hints if exercises.is_blank(nodes[name])]
     if len(blank) == len(hints):
         pytest.skip(f"exercise {number}, {title}: not begun")
-    line, problem = nodes[(blank or list(hints))[0]].lineno, f"half done, {' and '.join(blank)} still to be written"
+    line, problem = (
+        nodes[(blank or list(hints))[0]].lineno,
+        f"half done, {' and '.join(blank)} still to be written",
+    )
     try:
         theirs = () if blank else looks(number, load(graft(answers, hints), file))
-        for step, ((what, found), (_, expected)) in enumerate(zip(theirs, looks(number, load(REFERENCE)))):
+        for step, ((what, found), (_, expected)) in enumerate(
+            zip(theirs, looks(number, load(REFERENCE)))
+        ):
             if problem := difference(found, expected):
                 problem = f"{what}: {mistake(number, step, found)}{problem}"
                 break
     except Exception as failure:
-        frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == file]
+        frames = [
+            frame for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == file
+        ]
         line = ([line] + [frame.lineno for frame in frames if frame.lineno < FAR])[-1]
-        after = f", in `{frames[-1].name}`, which got what this returned" if frames and frames[-1].lineno > FAR else ""
+        after = (
+            f", in `{frames[-1].name}`, which got what this returned"
+            if frames and frames[-1].lineno > FAR
+            else ""
+        )
         problem = f"{type(failure).__name__}: {failure}{after}"
     if problem:
         pytest.fail(f"{file}:{line}: exercise {number}, {title}: {problem}", pytrace=False)
 
 
 def vectors(*shape):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(math.prod(shape)))
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(math.prod(shape))
+    )
 
 
 def shape(x):
@@ -516,7 +662,9 @@ def refused(call, *arguments):
 
 
 def layer(lab, attention, **sizes):
-    return randomized(lab.ATTENTION[attention](lab.Config(attention=attention, **SIZES | sizes)).double())
+    return randomized(
+        lab.ATTENTION[attention](lab.Config(attention=attention, **SIZES | sizes)).double()
+    )
 
 
 def layers(lab, short=0, **variants):
@@ -539,19 +687,32 @@ def looks(number, lab):
     match titles[number - 1]:
         case "RoPE":
             for start in (0, 5):
-                yield f"from position {start}", lab.rope(vectors(B, 4, 3, 8), torch.arange(start, start + 4), 100.0)
+                yield (
+                    f"from position {start}",
+                    lab.rope(vectors(B, 4, 3, 8), torch.arange(start, start + 4), 100.0),
+                )
             late, ones = torch.tensor([1000, 1001]), torch.ones(1, 2, 1, 8, dtype=torch.bfloat16)
             yield "positions 1000 and 1001 in bfloat16", lab.rope(ones, late, 1e4)
         case "softmax attention":
-            q, k, v, one_hot = vectors(B, T, 6, 16), vectors(B, T, 3, 16), vectors(B, T, 3, 7), torch.eye(T).double()
+            q, k, v, one_hot = (
+                vectors(B, T, 6, 16),
+                vectors(B, T, 3, 16),
+                vectors(B, T, 3, 7),
+                torch.eye(T).double(),
+            )
             for n in (4, 1, T):
+
                 def read(values):
                     return lab.attend(q[:, -n:], k, values, torch.arange(T - n, T), 0.3)
+
                 tokens = f"of the last {n} of {T} tokens"
                 yield f"shape of the result {tokens}", shape(read(v))
-                p = read(one_hot[None, :, None].expand(B, T, 3, T))     # these values show the weights
+                p = read(one_hot[None, :, None].expand(B, T, 3, T))  # these values show the weights
                 seen = [row.nonzero().flatten().tolist() for row in p[0, :, 0]]
-                yield f"first and last token seen by each {tokens}", [row[:1] + row[-1:] for row in seen]
+                yield (
+                    f"first and last token seen by each {tokens}",
+                    [row[:1] + row[-1:] for row in seen],
+                )
                 yield f"sum of the softmax weights {tokens}", p.sum(-1)
                 yield f"scores before softmax {tokens}", (p[..., : T - n + 1] / p[..., :1]).log()
                 yield f"softmax weights {tokens}", p
@@ -560,10 +721,16 @@ def looks(number, lab):
             W = randomized(torch.nn.Linear(40, 60, bias=False).double())
             for m, width in ((6, 10), (4, 10), (1, 10), (2, 15)):
                 yield f"{m} of {60 // width} heads", lab.to_heads(W, vectors(B, T, 40), m, width)
-            cost, enough = operations(lab.to_heads, W, vectors(B, T, 40), 1, 10), 2 * B * T * 40 * 10
+            cost, enough = (
+                operations(lab.to_heads, W, vectors(B, T, 40), 1, 10),
+                2 * B * T * 40 * 10,
+            )
             yield "operations for 1 of 6 heads", max(cost, enough)
         case "multi-head attention":
-            yield "shape of rows", shape(layer(lab, "mha").write(vectors(B, T, 40), torch.arange(T), 6))
+            yield (
+                "shape of rows",
+                shape(layer(lab, "mha").write(vectors(B, T, 40), torch.arange(T), 6)),
+            )
             yield from layers(lab, mha=[6], nested_mha=[6, 4, 1], gqa=[6])
         case "the cache":
             memory, rows = vectors(B, 5, 7), vectors(B, 6, 7)
@@ -573,12 +740,18 @@ def looks(number, lab):
                 yield f"length after {last} rows", cache.length
                 yield f"what it returns after {last} rows", so_far
                 yield f"the memory that was given, after {last} rows", memory
-            for what, new in (("one row too many", rows[:, 5:]), ("another batch", rows.repeat(2, 1, 1)[:, :0])):
+            for what, new in (
+                ("one row too many", rows[:, 5:]),
+                ("another batch", rows.repeat(2, 1, 1)[:, :0]),
+            ):
                 yield f"a ValueError for {what}", refused(cache.append, new)
                 yield f"length after {what}", cache.length
                 yield f"the memory after {what}", memory
         case "grouped queries":
-            yield "shape of rows", shape(layer(lab, "gqa").write(vectors(B, T, 40), torch.arange(T), 6))
+            yield (
+                "shape of rows",
+                shape(layer(lab, "gqa").write(vectors(B, T, 40), torch.arange(T), 6)),
+            )
             yield from layers(lab, gqa=[6])
         case "the latent and the decoupled key":
             rows = layer(lab, "mla").write(vectors(B, 4, 40), torch.arange(5, 9), 6)
@@ -587,28 +760,50 @@ def looks(number, lab):
             yield "k_R", rows[..., 14:]
         case "latent queries":
             for d_cq, m in itertools.product((22, 0), (6, 4)):
-                q_C, q_R = layer(lab, "matmla", d_cq=d_cq).queries(vectors(B, 4, 40), torch.arange(5, 9), m)
+                q_C, q_R = layer(lab, "matmla", d_cq=d_cq).queries(
+                    vectors(B, 4, 40), torch.arange(5, 9), m
+                )
                 yield f"q_C of {m} heads, d_cq = {d_cq}", q_C
                 yield f"q_R of {m} heads, d_cq = {d_cq}", q_R
         case "latent attention":
             yield from layers(lab, mla=[6], matmla=[4, 1])
         case "absorption":
             yield from layers(lab, math.inf, mla=[6], matmla=[4, 1])
-            a, given = layer(lab, "mla"), (vectors(B, 1, 40), vectors(B, 60, 22), torch.tensor([59]), 6)
+            a, given = (
+                layer(lab, "mla"),
+                (vectors(B, 1, 40), vectors(B, 60, 22), torch.tensor([59]), 6),
+            )
             cost, naive = operations(a.read_absorbed, *given), operations(a.read, *given)
-            yield f"a token after 60 takes {cost} operations, less than half of the naive {naive}", 2 * cost < naive
+            yield (
+                f"a token after 60 takes {cost} operations, less than half of the naive {naive}",
+                2 * cost < naive,
+            )
         case "the mixed objective":
             yield from layers(lab, mha=[6], nested_mha=[6, 4, 1], matmla=[6, 4, 1])
             for attention, heads in itertools.product(NESTED, ((4, 6, 1), (6, 6, 1, 1, 4, 6))):
-                a, x, what = layer(lab, attention), vectors(6, T, 40), f"6 sequences of {attention}, heads = {heads}"
+                a, x, what = (
+                    layer(lab, attention),
+                    vectors(6, T, 40),
+                    f"6 sequences of {attention}, heads = {heads}",
+                )
                 yield what, a(x, heads)
                 cache = lab.Cache(x.new_zeros(6, T, a.numbers(6)), 6)
-                yield f"{what}, in chunks", torch.cat([a(chunk, heads, cache) for chunk in x.split([6, 1, 4], 1)], 1)
+                yield (
+                    f"{what}, in chunks",
+                    torch.cat([a(chunk, heads, cache) for chunk in x.split([6, 1, 4], 1)], 1),
+                )
             for wrong in (7, (4, 7), (4, 4, 4, 4)):
-                yield f"a ValueError for 6 sequences of 6 heads, heads = {wrong}", refused(a, x, wrong)
+                yield (
+                    f"a ValueError for 6 sequences of 6 heads, heads = {wrong}",
+                    refused(a, x, wrong),
+                )
             a, cache, used = layer(lab, "mla"), lab.Cache(x.new_zeros(6, T, 22), 6), []
-            a.short, a.read, a.read_absorbed = 3, *(
-                lambda x, *_, name=name: (used.append(name), x)[1] for name in ("read", "absorbed")
+            a.short, a.read, a.read_absorbed = (
+                3,
+                *(
+                    lambda x, *_, name=name: (used.append(name), x)[1]
+                    for name in ("read", "absorbed")
+                ),
             )
             for chunk in x.split([3, 2, 6], 1):
                 a(chunk, 6, cache)
@@ -622,7 +817,13 @@ def looks(number, lab):
             for name, p in model.named_parameters():
                 yield f"gradient of {name} through mixed_loss", p.grad
         case "cache arithmetic":
-            for attention, m in ("mha", 6), ("nested_mha", 4), ("gqa", 6), ("mla", 6), ("matmla", 4):
+            for attention, m in (
+                ("mha", 6),
+                ("nested_mha", 4),
+                ("gqa", 6),
+                ("mla", 6),
+                ("matmla", 4),
+            ):
                 sizes = "n_h = 6, n_kv = 3, d_h = 10, d_c = 14, d_R = 8"
                 yield f"{attention} with {m} heads, where {sizes}", layer(lab, attention).numbers(m)
         case "where absorption stops paying":
@@ -642,7 +843,9 @@ ANSWERS = exercises.answers()
 OBSTACLE = obstacle(ANSWERS.read_text("utf-8-sig"), ANSWERS.name) if ANSWERS.exists() else None
 
 
-@pytest.mark.parametrize("number", range(0 if OBSTACLE else 1, 1 if OBSTACLE else 15) if ANSWERS.exists() else [])
+@pytest.mark.parametrize(
+    "number", range(0 if OBSTACLE else 1, 1 if OBSTACLE else 15) if ANSWERS.exists() else []
+)
 def test_exercise(number):
     if OBSTACLE:
         pytest.fail(OBSTACLE, pytrace=False)

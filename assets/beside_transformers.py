@@ -1,7 +1,8 @@
 """One decoding step of MatMLA, read absorbed, beside the same model exported to transformers, in turns of 50 steps.
 
-    PYTHONPATH=. python assets/beside_transformers.py
+PYTHONPATH=. python assets/beside_transformers.py
 """
+
 from statistics import median
 from time import perf_counter
 
@@ -25,7 +26,12 @@ for batch in 1, 8:
             start = perf_counter()
             ours = [model.step(token, 12, cache) for token in x[:, 200:].split(1, 1)]
             middle = perf_counter()
-            same = [theirs(token, past_key_values=other).logits[:, 0] for token in x[:, 200:].split(1, 1)]
+            same = [
+                theirs(token, past_key_values=other).logits[:, 0]
+                for token in x[:, 200:].split(1, 1)
+            ]
             ratios.append((perf_counter() - middle) / (middle - start))
         assert (torch.stack(ours) - torch.stack(same)).abs().max() < 1e-5
-    print(f"batch {batch}: a step in transformers takes {median(ratios[2:]):.2f} times as long as here")
+    print(
+        f"batch {batch}: a step in transformers takes {median(ratios[2:]):.2f} times as long as here"
+    )
