@@ -108,7 +108,7 @@ def step_seconds(config, reader, m, batch, length, new, device):
     with torch.device(device):
         model = GPT(config)
     for block in model.blocks if reader == "naive" else []:
-        block.attention.short = 0
+        block.attention.absorb_below = 0
     if device.type == "cuda":
         fast(
             model.bfloat16(),

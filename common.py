@@ -1,87 +1,107 @@
 """What the scripts share: the command line, the device, checkpoints, the loss of a model on a text."""
 
 import argparse
-import importlib
 import json
 import math
 import os
 import sys
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 
-# `MATMLA=my_matmla python train.py` works with my_matmla.py instead: what is imported after this file sees it, too.
-sys.modules["matmla"] = importlib.import_module(os.environ.get("MATMLA", "matmla"))
-
-import pretrained  # noqa: F401    it adds the attentions of converted models to ATTENTION
-from data import get_encoding, windows
-from matmla import GPT, Config
+import pretrained  # noqa: F401  adds the attentions of converted models to ATTENTION
+from data import UserError, get_encoding, windows
+from matmla import ATTENTION, GPT, Config
 
 FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.items()}
 
 
-class Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line on stderr and exit status 2. stopped: what to say after Ctrl-C."""
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's docstring as it stands, and the default of every flag."""
 
-    stopped = None
+
+class Parser(argparse.ArgumentParser):
+    """A command line on which a mistake is one line on stderr and exit status 2."""
+
+    after_interrupt = None  # what to say after Ctrl-C
 
     def __init__(self, doc):
-        style = type(
-            "", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}
-        )
-        super().__init__(description=doc, formatter_class=style, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
+        for stream in sys.stdout, sys.stderr:
+            if hasattr(stream, "reconfigure"):  # a console may not know all letters
+                stream.reconfigure(errors="replace")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
 
-    def attempt(self, function, *arguments):
-        """Call it. What the user can mend is a mistake, too: a missing file, wrong sizes, an unfinished exercise."""
+    def run(self, function, *arguments):
+        """Call it. What the user can mend ends in one line; anything else is a bug, and says where.
+
+        A full disk and the like (OSError) and too little memory are the user's to mend, too.
+        """
         try:
             return function(*arguments)
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit(1)
         except KeyboardInterrupt:
-            self.exit(130, self.stopped)
-        except FloatingPointError as error:
-            self.exit(1, f"{self.prog}: {error}; nothing was saved after it. Try a lower --lr\n")
-        except (
-            ValueError,
-            OSError,
-            OverflowError,
-            MemoryError,
-            NotImplementedError,
-            torch.OutOfMemoryError,
-        ) as error:
+            self.exit(130, self.after_interrupt)
+        except (UserError, OSError) as error:
             self.error(error)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.error(f"not enough memory: {error}")
+
+
+@contextmanager
+def user_input():
+    """A ValueError inside is about what the user gave: with user_input(): Config(...)"""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def integers(text):
+    """12,8,4 -> (12, 8, 4)."""
     return tuple(int(part) for part in text.split(","))
 
 
 def natural(text, least=0):
+    """A whole number, 0 or more."""
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is below {least}")
     return int(text)
 
 
 def positive(text):
+    """A whole number, 1 or more."""
     return natural(text, least=1)
 
 
-def check_budgets(budgets, n_h):
-    """ValueError unless they are different, largest first, and within the heads."""
-    if list(budgets) != sorted(set(budgets) & {*range(1, n_h + 1)}, reverse=True):
-        raise ValueError(
-            f"budgets {budgets} must be different, the largest first, and in 1..{n_h}, the model's heads"
+def heads_of(text):
+    """--heads as GPT takes it: 8 is 8; 12/12/8/4/4 is a list, one number for each layer."""
+    layers = text.split("/")
+    if not all(part.isdecimal() for part in layers):
+        raise UserError(f"--heads {text} is neither a number nor one for each layer, like 12/8/4")
+    return [int(part) for part in layers] if len(layers) > 1 else int(text)
+
+
+def check_budgets(budgets, config):
+    """UserError unless they are different, largest first, and heads that the attention has."""
+    c, unit = config, config.n_kv if config.attention == "nested_gqa" else 1
+    allowed = {*range(unit, c.n_h + 1, unit)} if ATTENTION[c.attention].nested else {c.n_h}
+    if not budgets or list(budgets) != sorted(set(budgets) & allowed, reverse=True):
+        raise UserError(
+            f"budgets {budgets} must be different, the largest first, and in {sorted(allowed)}"
         )
 
 
 def make_config(values):
-    """The Config of a dict of settings, which may name other things too, or not all of its fields."""
-    return Config(**{name: values[name] for name in FIELDS if name in values})
+    """The Config of a dict of settings, which may name other things, too. UserError for its sizes."""
+    with user_input():
+        return Config(**{name: values[name] for name in FIELDS if name in values})
 
 
 def mixed_precision(device):
@@ -89,93 +109,130 @@ def mixed_precision(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-@torch.no_grad()
-def evaluate(model, tokens, count, prefix=None):
-    """Mean loss in nats per token at each budget, {m: loss}, on `count` windows spaced evenly over the tokens. With a
-    prefix, on the second half of each window only, read at m heads after a first half that `prefix` heads wrote."""
+def spaced_windows(model, tokens, count):
+    """Batches of `count` windows spaced evenly over the tokens: (inputs, targets, share of all)."""
     context, device = model.config.context, model.embed.weight.device
     starts = np.linspace(0, len(tokens) - context - 1, count).astype(int)
-    losses, first, cache = (
-        dict.fromkeys(model.config.budgets, 0.0),
-        context // 2 if prefix else 0,
-        None,
-    )
     for some in np.array_split(starts, math.ceil(count / 16)):
-        x, y = windows(tokens, some, context, device)
-        with mixed_precision(device):
-            if prefix:
-                cache = model.new_cache(len(x), context)
-                model.hidden(x[:, :first], prefix, cache)
-            for m in losses:
-                for layer in cache or ():
-                    layer.length = first  # forget what the last m has read
-                losses[m] += model(x[:, first:], y[:, first:], m, cache)[1].item() * len(x) / count
+        yield *windows(tokens, some, context, device), len(some) / count
+
+
+@torch.no_grad()
+def evaluate(model, tokens, count, budgets):
+    """Mean loss in nats per token on `count` windows: a list, one loss for each of the budgets.
+
+    budgets: anything that GPT takes as heads, such as 8, or a list with a number for each layer.
+    """
+    losses = [0.0] * len(budgets)
+    for x, y, share in spaced_windows(model, tokens, count):
+        with mixed_precision(x.device):
+            for i, heads in enumerate(budgets):
+                losses[i] += model(x, y, heads)[1].item() * share
+    return losses
+
+
+@torch.no_grad()
+def evaluate_after(prefix, model, tokens, count, budgets):
+    """The same on the second half of each window, after a first half that `prefix` heads wrote."""
+    losses = [0.0] * len(budgets)
+    for x, y, share in spaced_windows(model, tokens, count):
+        half = x.shape[1] // 2
+        cache = model.new_cache(*x.shape)
+        with mixed_precision(x.device):
+            model.hidden(x[:, :half], prefix, cache)
+            for i, heads in enumerate(budgets):
+                losses[i] += model(x[:, half:], y[:, half:], heads, cache)[1].item() * share
+                cache.rewind(half)
     return losses
 
 
 def perplexity(loss):
-    return math.exp(min(loss, 700))  # beyond, a float overflows
+    """e to the loss; beyond 700, a float would overflow."""
+    return math.exp(min(loss, 700))
 
 
-def print_row(row, head=False):
-    """A dict as a row of a Markdown table; with the table's head, its keys, if it is the first."""
-    if head:
-        print("\n| " + " | ".join(map(str, row)) + " |\n" + "|---" * len(row) + "|")
-    formats = {float: ",.3f", int: ","}
-    cells = ["" if x is None else format(x, formats.get(type(x), "")) for x in row.values()]
-    print("| " + " | ".join(cells) + " |", flush=True)
+class Table:
+    """A Markdown table, printed row by row. Its columns are the keys of the first row, a dict."""
+
+    def __init__(self):
+        self.head = None
+
+    def add(self, row):
+        """Print a row; None is an empty cell, a float has three decimals."""
+        if self.head is None:
+            self.head = list(row)
+            print("\n| " + " | ".join(map(str, row)) + " |\n" + "|---" * len(row) + "|")
+        cells = []
+        for x in row.values():
+            if isinstance(x, float):
+                x = f"{x:,.3f}"
+            elif isinstance(x, int):
+                x = f"{x:,}"
+            cells.append("" if x is None else str(x))
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def write_whole(path, write):
+    """Let write(file) write a file that is there whole or not at all, also after a power cut.
+
+    UserError if that fails, on a full disk for instance; what was there is kept.
+    """
+    part = path.with_name(path.name + ".partial")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes of a full disk a RuntimeError
+        raise UserError(f"cannot save {path}, what was there is kept: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_log(folder, log):
+    """metrics.jsonl of a run: one line for every entry of its log."""
+    text = "".join(json.dumps(line) + "\n" for line in log)
+    write_whole(folder / "metrics.jsonl", lambda file: file.write(text.encode()))
 
 
 def save(path, **content):
-    """Write a checkpoint (config, settings, encoding, step, model, optimizers, log), its log as metrics.jsonl beside.
-    Each file is the old one or the new one, never half of it, also on a full disk: that is an OSError."""
-    files = path, path.with_name("metrics.jsonl")
-    parts = [file.with_name(file.name + ".partial") for file in files]
-    try:
-        torch.save(content, parts[0])
-        parts[1].write_text("".join(json.dumps(line) + "\n" for line in content["log"]))
-        for part, file in zip(parts, files):
-            os.replace(part, file)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"cannot save {path}, what was there is kept: {error}") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    """Write a checkpoint: config, settings, encoding, step, model, optimizers, log; its log beside it."""
+    write_whole(path, lambda file: torch.save(content, file))
+    write_log(path.parent, content["log"])
 
 
 def load_checkpoint(path, device="cpu"):
-    """What `save` wrote, as a dict. ValueError if it is something else, or of another version."""
+    """What `save` wrote, as a dict. UserError if it is something else, damaged, or of another version."""
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # it has checksums, which torch does not look at
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location=device, weights_only=True)
         unlike = {"settings", "encoding", "step", "model", "optimizers", "log"} - content.keys()
         unlike |= content["config"].keys() ^ FIELDS.keys()
     except FileNotFoundError:
-        raise ValueError(
-            f"no checkpoint at {path}: train one first, with python train.py"
-        ) from None
+        raise UserError(f"no checkpoint at {path}: train one first, with python train.py") from None
     except Exception as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of train.py ({type(error).__name__})"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from None
     if unlike:
-        raise ValueError(
-            f"{path} was written by another version of train.py: {', '.join(sorted(unlike))}"
-        )
+        names = ", ".join(sorted(unlike))
+        raise UserError(f"{path} was written by another version of train.py: {names}")
     return content
 
 
 def fill(model, weights, path):
-    """Give the model the weights of a checkpoint. ValueError if they are of another shape."""
+    """Give the model the weights of a checkpoint. UserError if they are of another shape."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # its second line is the first difference
-        raise ValueError(
-            f"the weights of {path} do not fit: {str(error).splitlines()[1]}"
-        ) from None
+        raise UserError(f"the weights of {path} do not fit: {str(error).splitlines()[1]}") from None
 
 
 def load(path, device, content=None):
-    """(model, encoding) of a checkpoint, or of its content if that is read already. ValueError says what is wrong."""
+    """(model, encoding) of a checkpoint, or of its content if that is read already."""
     content = content or load_checkpoint(path, device)
     model = GPT(make_config(content["config"])).to(device)
     fill(model, content["model"], path)
@@ -183,16 +240,14 @@ def load(path, device, content=None):
 
 
 def pick_device(name):
-    """The device of that name. ValueError if it does not work."""
+    """The device of that name. UserError if it does not work."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         return torch.ones(1, device=name).abs().device  # fails here, not in the middle
     except (RuntimeError, AssertionError):
-        raise ValueError(f"no device {name!r} on this machine") from None
+        raise UserError(f"no device {name!r} on this machine") from None

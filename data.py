@@ -14,6 +14,11 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+
+class UserError(ValueError):
+    """What whoever runs a script can mend."""
+
+
 END = "<|endoftext|>"  # between documents
 TYPES = (
     np.dtype(np.uint16),

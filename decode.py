@@ -97,7 +97,7 @@ class Joined:
         q = product(c_Q, self.W_Q[: m * (a.d_c + a.d_R)], self.eps).unflatten(-1, (m, -1))
         q_latent, q_R = q.split((a.d_c, a.d_R), -1)
         q = torch.cat((q_latent, rope(q_R, position, a.rope_base)), -1)  # [B,1,m,d_c+d_R]
-        o = matmla.attend(q, row, row, position, a.scale)[..., : a.d_c]
+        o = a.attend(q, row, row, position, a.scale)[..., : a.d_c]
         x = x + F.linear(o.flatten(2), self.W_O[:, : m * a.d_c])
         gate, up = product(x, self.W_gate_up, self.eps).chunk(2, -1)
         return x + self.W_down(F.silu(gate) * up)
@@ -108,7 +108,7 @@ def join(block):
     a = block.attention
     return (
         Joined(block)
-        if type(a) in (MLA, MatMLA) and a.short > 1 and hasattr(a.W_DQ, "weight")
+        if type(a) in (MLA, MatMLA) and a.absorb_below > 1 and hasattr(a.W_DQ, "weight")
         else block
     )
 
@@ -162,14 +162,14 @@ def fast(model, attend=attend_one):
         batch, capacity, _ = cache[0].rows.shape
         if tokens.shape != (batch, 1) or not 0 < cache.length < min(capacity, model.config.context):
             return ordinary(tokens, heads, cache)
-        budgets = model.blocks[0].attention.check(heads, batch, cache[0].heads)
+        budgets = tuple(model.layer_heads(heads, batch, cache))
         if not hasattr(cache, "graphs"):  # they read its memory, so they live as long as it
             cache.graphs, cache.token, cache.position = {}, tokens.clone(), tokens.new_zeros(1)
         cache.token.copy_(tokens)
         cache.position.fill_(cache.length)
         S = min(capacity, max(1024, 1 << cache.length.bit_length()))
         if (budgets, S) not in cache.graphs:
-            layers = [GraphCache(layer.rows[:, :S], layer.heads) for layer in cache]
+            layers = [GraphCache(layer.rows[:, :S]) for layer in cache]
             for layer in layers:
                 layer.length = cache.position
             blocks = joined if len(set(budgets)) == 1 else model.blocks

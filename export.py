@@ -60,7 +60,7 @@ def to_transformers(model, m, end=None):
         raise ValueError(
             f"cannot export {c.attention}: DeepSeek-V3 norms latents, a converted model does not"
         )
-    model.blocks[0].attention.check(m, 1, c.n_h)
+    model.layer_heads(m, 1)
     sizes = dict(
         vocab_size=c.vocab_size,
         hidden_size=c.d,

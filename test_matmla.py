@@ -76,7 +76,7 @@ def readers(model):
     """Set every layer to read a cache naively, then absorbed, where it can."""
     for short in (0, math.inf) if model.config.attention in LATENT else (0,):
         for block in model.blocks:
-            block.attention.short = short
+            block.attention.absorb_below = short
         yield
 
 
@@ -670,10 +670,10 @@ def layer(lab, attention, **sizes):
 def layers(lab, short=0, **variants):
     for attention, budgets in variants.items():
         a, x = layer(lab, attention), vectors(B, T, 40)
-        a.short = short
+        a.absorb_below = short
         for m in budgets:
             yield f"{attention} with {m} of 6 heads", a(x, m)
-            cache = lab.Cache(x.new_zeros(B, T, a.numbers(6)), 6)
+            cache = lab.Cache(x.new_zeros(B, T, a.row_width(6)))
             found = torch.cat([a(chunk, m, cache) for chunk in x.split([6, 1, 4], 1)], 1)
             yield f"{attention} with {m} of 6 heads, 6 + 1 + 4 tokens through a cache", found
         a(x).sum().backward()
@@ -734,7 +734,7 @@ def looks(number, lab):
             yield from layers(lab, mha=[6], nested_mha=[6, 4, 1], gqa=[6])
         case "the cache":
             memory, rows = vectors(B, 5, 7), vectors(B, 6, 7)
-            cache = lab.Cache(memory, 6)
+            cache = lab.Cache(memory)
             for first, last in ((0, 2), (2, 3), (3, 5)):
                 so_far = cache.append(rows[:, first:last])
                 yield f"length after {last} rows", cache.length
@@ -787,7 +787,7 @@ def looks(number, lab):
                     f"6 sequences of {attention}, heads = {heads}",
                 )
                 yield what, a(x, heads)
-                cache = lab.Cache(x.new_zeros(6, T, a.numbers(6)), 6)
+                cache = lab.Cache(x.new_zeros(6, T, a.row_width(6)))
                 yield (
                     f"{what}, in chunks",
                     torch.cat([a(chunk, heads, cache) for chunk in x.split([6, 1, 4], 1)], 1),
@@ -797,8 +797,8 @@ def looks(number, lab):
                     f"a ValueError for 6 sequences of 6 heads, heads = {wrong}",
                     refused(a, x, wrong),
                 )
-            a, cache, used = layer(lab, "mla"), lab.Cache(x.new_zeros(6, T, 22), 6), []
-            a.short, a.read, a.read_absorbed = (
+            a, cache, used = layer(lab, "mla"), lab.Cache(x.new_zeros(6, T, 22)), []
+            a.absorb_below, a.read, a.read_absorbed = (
                 3,
                 *(
                     lambda x, *_, name=name: (used.append(name), x)[1]
@@ -825,7 +825,7 @@ def looks(number, lab):
                 ("matmla", 4),
             ):
                 sizes = "n_h = 6, n_kv = 3, d_h = 10, d_c = 14, d_R = 8"
-                yield f"{attention} with {m} heads, where {sizes}", layer(lab, attention).numbers(m)
+                yield f"{attention} with {m} heads, where {sizes}", layer(lab, attention).row_width(m)
         case "where absorption stops paying":
             for d_c, d_h in (512, 128), (14, 10), (40, 12), (8, 10), (10, 10):
                 yield f"T for d_c = {d_c}, d_h = {d_h}", round(lab.absorb_below(d_c, d_h), 6)

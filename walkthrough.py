@@ -97,7 +97,7 @@ def walk():
     ):
         rows = written[label] = by_hand(name).write(x[None], angles, m)[0]  # [token, numbers]
         row = "  ".join(f"{part} {text(v)}" for part, v in zip(parts.split(), rows[1].view(-1, 2)))
-        default = ATTENTION[name](Config(attention=name)).numbers(default_m)
+        default = ATTENTION[name](Config(attention=name)).row_width(default_m)
         print(f"    {label:<20}{row:<48}{rows.shape[1]:<9}{default}, {default_m} heads")
     assert same(written["nested MHA, full"], written["MHA"]) and same(
         written["MatMLA"], written["MLA"]
@@ -205,7 +205,7 @@ def walk():
     )
     assert same(*(matmla.write(x[None], angles, m) for m in (1, 2)))
     try:
-        by_hand("nested_mha")(x[None, 2:], 2, Cache(written["nested MHA, ragged"][None], heads=1))
+        by_hand("nested_mha")(x[None, 2:], 2, Cache(written["nested MHA, ragged"][None]))
         raise AssertionError("2 heads found their keys in rows that 1 head wrote")
     except ValueError as error:
         print(f"    Nested MHA, from rows that 1 head wrote: {error}.")

@@ -118,7 +118,7 @@ def test_naive_absorbed_rotated_and_with_heads_in_any_order_it_is_theirs(
     assert transmla.obstacles(theirs.config) == [] and error(gqa(TOKENS)[0], right) < TIGHT
     for short in 0, torch.inf:  # naive, absorbed
         for block in mla.blocks:
-            block.attention.short = short
+            block.attention.absorb_below = short
         logits, cache = chunked(mla, TOKENS, [17, 1, 22], [6] * 3)
         assert cache.nbytes == gqa.new_cache(2, 40).nbytes and error(logits, right) < TIGHT
 
@@ -277,7 +277,7 @@ def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
         )
         attention.norm_KV = torch.nn.Identity()
         reads = attention(torch.eye(40)[:, None])[:, 0]
-        assert attention.numbers(6) == 32 and torch.linalg.matrix_rank(reads, rtol=1e-5) == rank
+        assert attention.row_width(6) == 32 and torch.linalg.matrix_rank(reads, rtol=1e-5) == rank
 
 
 @pytest.mark.parametrize(
