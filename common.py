@@ -6,16 +6,61 @@ import math
 import os
 import sys
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
+import filelock
 import numpy as np
 import torch
 
 import pretrained  # noqa: F401  adds the attentions of converted models to ATTENTION
 from data import UserError, get_encoding, windows
+from devices import mixed_precision, pick_device  # noqa: F401
 from matmla import ATTENTION, GPT, Config
 
 FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+PRESETS = {  # settings of train.py that differ from its defaults
+    "tiny": {},  # a laptop, minutes
+    "small": dict(  # one GPU, minutes: 30M parameters
+        data="fineweb-edu",
+        tokens=200_000_000,
+        vocab_size=50304,
+        context=1024,
+        n_layer=6,
+        d=384,
+        d_h=32,
+        d_c=112,
+        d_cq=192,
+        d_R=16,
+        d_ff=1024,
+        steps=2000,
+        batch=96,
+        micro_batch=48,
+        lr=0.006,
+        lr_adamw=0.003,
+        warmup=100,
+        eval_every=250,
+    ),
+    "paper": dict(  # one GPU, hours: the paper's layers, widths, context, batch and tokens;
+        data="fineweb-edu",  # d_h, d_c, d_cq, d_R, the rates and GPT-2's tokens are ours
+        tokens=4_300_000_000,
+        vocab_size=50304,
+        context=2048,
+        n_layer=12,
+        d=768,
+        d_h=64,
+        d_c=224,
+        d_cq=384,
+        d_R=32,
+        d_ff=3072,
+        steps=8010,
+        batch=256,
+        micro_batch=32,
+        lr=0.003,
+        lr_adamw=0.003,
+        warmup=801,
+        eval_every=250,
+    ),
+}
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -99,14 +144,9 @@ def check_budgets(budgets, config):
 
 
 def make_config(values):
-    """The Config of a dict of settings, which may name other things, too. UserError for its sizes."""
+    """The Config of a dict of settings, which may name other things. UserError for its sizes."""
     with user_input():
         return Config(**{name: values[name] for name in FIELDS if name in values})
-
-
-def mixed_precision(device):
-    """On a GPU, products are computed in bfloat16."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def spaced_windows(model, tokens, count):
@@ -197,13 +237,13 @@ def write_log(folder, log):
 
 
 def save(path, **content):
-    """Write a checkpoint: config, settings, encoding, step, model, optimizers, log; its log beside it."""
+    """Write a checkpoint: config, settings, encoding, step, model, optimizers, log, and its log."""
     write_whole(path, lambda file: torch.save(content, file))
     write_log(path.parent, content["log"])
 
 
 def load_checkpoint(path, device="cpu"):
-    """What `save` wrote, as a dict. UserError if it is something else, damaged, or of another version."""
+    """What `save` wrote, as a dict. UserError if it is damaged, or something else."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # it has checksums, which torch does not look at
@@ -239,15 +279,12 @@ def load(path, device, content=None):
     return model.eval(), get_encoding(content["encoding"])
 
 
-def pick_device(name):
-    """The device of that name. UserError if it does not work."""
-    if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
+def claim(out):
+    """Keep other runs out of the folder as long as this process lives."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
     try:
-        return torch.ones(1, device=name).abs().device  # fails here, not in the middle
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name!r} on this machine") from None
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another run is training into {out}") from None
+    return lock

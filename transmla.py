@@ -272,7 +272,9 @@ def check(theirs, gqa, old, mla, new, tokens):
         for right in original, exact:
             model = build(c, weights, right.dtype)
             for block in model.blocks:
-                block.attention.absorb_below = math.inf  # where there is a cache, it is read absorbed
+                block.attention.absorb_below = (
+                    math.inf
+                )  # where there is a cache, it is read absorbed
             cache = model.new_cache(*tokens.shape) if "absorbed" in name else None
             off.append((model(tokens, cache=cache)[0] - right).abs().max().item())
         print_row(
