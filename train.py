@@ -45,7 +45,14 @@ from common import (
     write_log,
 )
 from data import fingerprint, get_encoding, prepare, read_tokenizer, read_tokens, windows
-from devices import CapturedPasses, can_compile, compile_parts, mixed_precision, start_processes
+from devices import (
+    Captured,
+    CapturedPasses,
+    can_compile,
+    compile_parts,
+    mixed_precision,
+    start_processes,
+)
 from matmla import ATTENTION, GPT
 from muon import Muon
 
@@ -344,6 +351,7 @@ def build(args, world):
     cuda = world.device.type == "cuda"
     if cuda:
         model.residual_dtype = torch.bfloat16  # half the memory traffic of float32
+        optimizers[0].directions = Captured(optimizers[0].directions)
     if (cuda if args.compile is None else args.compile) and can_compile(world.device):
         compile_parts(model)
     return model, optimizers, CapturedPasses(run_pass) if cuda else run_pass
