@@ -180,7 +180,7 @@ def find_files(data):
     files = [p for p in found if p.suffix.lower() in KINDS and not is_hidden(p)]
     if not files and (path.exists() or path.suffix.lower() in KINDS):
         raise UserError(f"no {', '.join(KINDS)} file {path}, and none in a folder of that name")
-    return files, sorted(set(found) - set(files), key=is_hidden)
+    return files, sorted(set(found) - set(files), key=lambda p: (is_hidden(p), p))
 
 
 def rows(source):
@@ -239,7 +239,8 @@ def texts(data):
     files, others = find_files(data)
     if others:
         some = ", ".join(map(str, others[:3]))
-        line = f"left out {len(others)} files, hidden or not {', '.join(KINDS)}: {some}"
+        count = f"{len(others)} of {len(files) + len(others)} files"
+        line = f"{data}: left out {count}, hidden or not {', '.join(KINDS)}, such as {some}"
         tqdm.write(line, file=sys.stderr)
     for source in files or [data]:
         try:
@@ -305,10 +306,10 @@ def prepare(data, encoding_name, tokens, vocab_size):
         with TemporaryDirectory(prefix=f"{folder.name}.", dir="data") as own:
             write_tokens(data, encoding, tokens, kind, Path(own))
             folder.mkdir(exist_ok=True)
-            for name in ("val.bin", "train.bin"):  # train.bin last: where it is, both are whole
-                with open(Path(own, name), "r+b") as file:
-                    os.fsync(file.fileno())
-                Path(own, name).replace(folder / name)
+            Path(own, "val.bin").replace(folder / "val.bin")
+            Path(own, "train.bin").replace(
+                folder / "train.bin"
+            )  # last: where it is, both are whole
     except OSError as error:
         raise UserError(f"cannot write the tokens of {data} in {folder} ({error})") from error
     return folder
@@ -350,6 +351,9 @@ def write_tokens(data, encoding, most, kind, folder):
         held_out = val.tell() // kind.itemsize
     if len(seen) < one_in or held_out < 10_000:  # few, or short
         hold_out_tail(folder, kind.itemsize)
+    for name in ("train.bin", "val.bin"):
+        with open(folder / name, "r+b") as file:
+            os.fsync(file.fileno())  # now they are on the disk
 
 
 def hold_out_tail(folder, itemsize):
