@@ -72,16 +72,16 @@ class Tokenizer:
         """
         if None in map(self.tokenizer.id_to_token, tokens):
             raise KeyError(tokens)
-        both = [self.before, [*self.before, *tokens]]
-        before, text = self.tokenizer.decode_batch(both, skip_special_tokens=False)
+        before = self.tokenizer.decode(self.before, skip_special_tokens=False)
+        text = self.tokenizer.decode([*self.before, *tokens], skip_special_tokens=False)
         return text[len(before) :]
 
 
 class TextStream:
     """Tokens become text as they come. A character may span several of them.
 
-    DecodeStream of tokenizers does the same, but fails after a line break in bytes, if half a
-    character follows.
+    tokenizers' own DecodeStream does so too, but stops with an error at half a character behind a
+    line break, if both are tokens for single bytes.
     """
 
     def __init__(self, encoding):
@@ -157,17 +157,17 @@ def read_tokenizer(name):
 
 
 def find_files(data):
-    """The files of `data` to read, and those that are left out. None: nothing here is named so.
+    """The files of `data` to read, and those that are left out, both sorted.
 
-    UserError if a file is missing, or neither it nor any in a folder is of our kinds.
+    Both lists are empty if `data` may be a name on the hub: nothing here is named so. UserError
+    if a file is missing or of another kind, or if a folder has none of our kinds.
     """
     if data == "stdlib":  # the reader's own: about 480 files, 9 MB
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"test", "tests", "idlelib", "lib2to3", "encodings"}
         skip |= {"site-packages", "dist-packages"}
-        return sorted(
-            p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)
-        ), []
+        files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+        return sorted(files), []
 
     path = Path(data)
 
@@ -208,7 +208,7 @@ def rows(source):
 
 
 def parts(file):
-    """Pairs of a part of an open text and True if it is the last. No book is ever held whole."""
+    """Pairs of a part of an open text and True if it is the last: a book is never held whole."""
     following = file.read(PART)
     is_last = False
     while not is_last:
@@ -246,9 +246,7 @@ def texts(data):
         try:
             yield from read(source)
         except Exception as error:  # whatever is wrong with the data of others
-            where = (
-                "" if files else ": no file here has this name, so the Hugging Face hub was asked"
-            )
+            where = "" if files else ", which is no file here, from the Hugging Face hub"
             raise UserError(f"cannot read {source}{where} ({reason(error)})") from error
 
 
@@ -268,7 +266,8 @@ def encode(data, encoding):
             skip = 0 if is_first else front
             end = [encoding.eot_token] if is_last else []
             yield number, tokens[skip:] + end
-            number += is_last
+            if is_last:
+                number += 1
             is_first = is_last
 
 
@@ -415,8 +414,10 @@ def windows(tokens, starts, context, device):
     These are `context` tokens from each start on, and for each the one after it. UserError if the
     file of the tokens was cut meanwhile, which would end the process without a message.
     """
-    if isinstance(tokens, np.memmap) and os.path.getsize(tokens.filename) < tokens.nbytes:
-        raise UserError(f"{tokens.filename} was cut: it had {tokens.nbytes} bytes")
+    on_disk = isinstance(tokens, np.memmap)
+    size = os.path.getsize(tokens.filename) if on_disk else tokens.nbytes
+    if size < tokens.nbytes:
+        raise UserError(f"{tokens.filename} was cut from {tokens.nbytes} to {size} bytes")
     both = np.stack([tokens[i : i + context + 1] for i in starts])
     both = torch.from_numpy(both.astype(np.int64))
     if device.type == "cuda":
