@@ -279,12 +279,12 @@ def load(path, device, content=None):
     return model.eval(), get_encoding(content["encoding"])
 
 
+@contextmanager
 def claim(out):
-    """Keep other runs out of the folder as long as this process lives."""
+    """Keep other runs out of a folder: `with claim(out):`. The lock dies with the process, too."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with filelock.FileLock(out / ".lock", timeout=0):
+            yield
     except filelock.Timeout:
         raise UserError(f"another run is training into {out}") from None
-    return lock

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -395,9 +396,14 @@ def heed_sigterm():
 
 
 def train(args):
-    """The whole run."""
+    """The whole run, alone in its folder. Under torchrun every process comes here."""
     world = start_processes(args)
-    lock = claim(args.out) if world.first else None
+    with claim(args.out) if world.first else nullcontext():
+        train_in(world, args)
+
+
+def train_in(world, args):
+    """Build, restore, load data; then steps, with a look at held-out text now and then."""
     model, optimizers, run_pass = build(args, world)
     first, log, seconds = restore(args, optimizers, world)
     tokens, held_out, known = load_data(args, world)
@@ -444,7 +450,6 @@ def train(args):
     if world.first:
         files = f"checkpoint.pt and metrics.jsonl in {args.out}"
         print(f"trained in {book.seconds / 60:.1f} minutes; wrote {files}")
-        lock.release()
 
 
 def look_at_held_out_text(model, held_out, step, args):
