@@ -6,10 +6,10 @@ The dial of finished runs of train.py: perplexity at every number of heads, and 
 
 A nested model is read with every number of heads, and with a few vectors, which have a number for
 each layer. A model of one number of heads is a point beside it. Then one head after the other is
-left out, in all layers at once. All of it reads the same windows of the text that was held out.
-dial.png, dial.json, heads.png and heads.json go to --out; runs share rows as in report.py.
+left out, in all layers at once. All read the same windows of the text that was held out.
+dial.png, dial.json, heads.png and heads.json go to --out. Runs share rows as in report.py.
 
-FLOPs are those of a prompt as long as the context, up to the logits of its next token. Of the
+FLOPs are those of a prompt as long as the context, up to the logits of the next token. Of the
 scores they count the whole square, T x T, although a token reads only what stands before it.
 """
 
@@ -163,7 +163,7 @@ def draw_dials(dials, path):
 
     whole.set(xlabel="heads (large: trained)", ylabel="perplexity of held-out text", yscale="log")
     whole.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    costs.set(xlabel="FLOPs of a prompt", ylim=vectors.get_ylim())
+    costs.set(xlabel="FLOPs of a prompt (all T x T scores)", ylim=vectors.get_ylim())
     costs.xaxis.set_major_formatter(EngFormatter())
     vectors.set(xlabel="heads, or heads of every layer")
     vectors.tick_params("x", rotation=90)

@@ -47,20 +47,23 @@ def read_run(folder):
     folder = folder.resolve()  # so that . has a name, too
     path = folder / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except ValueError:
-        raise UserError(f"{path} is cut or damaged: a line of it is not JSON") from None
+        lines = [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is cut or damaged: a line of it is no JSON object") from None
     if not lines or "final" not in lines[-1]:
         raise UserError(f"{path} ends without a summary, so the run is not finished")
 
-    final = lines[-1]["final"]
-    missing = NEEDED - final.keys()
+    try:
+        final = lines[-1]["final"]
+        missing = NEEDED - final.keys()
+        batches = {line["step"]: line["loss"] for line in lines if "loss" in line}
+        looks = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        held_out = {m: {step: looks[step][m] for step in looks} for m in final["val_loss"]}
+    except (AttributeError, LookupError, TypeError) as error:
+        missing = {str(error)}
     if missing:
         names = ", ".join(sorted(missing))
-        raise UserError(f"{path} was written by another version of train.py: no {names}")
-    batches = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    looks = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    held_out = {m: {step: looks[step][m] for step in looks} for m in final["val_loss"]}
+        raise UserError(f"{path} was written by another version of train.py: {names}")
     return Run(folder, batches, held_out, final)
 
 

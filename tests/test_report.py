@@ -183,7 +183,9 @@ def test_a_log_that_is_cut_unfinished_or_of_another_version_is_named_in_one_line
         text[:-50]: "cut",
         "".join(lines[:-1]): "not finished",
         "": "not finished",
-        text.replace('"flops"', '"operations"'): "another version of train.py: no flops",
+        text.replace('"flops"', '"operations"'): "another version of train.py: flops",
+        text.replace('"step"', '"steps"'): "another version of train.py",
+        text.replace(lines[0], "3\n"): "damaged",
     }.items():
         Path("good/metrics.jsonl").write_text(broken)
         refuses(script, "good --out figures", "good/metrics.jsonl", words)
