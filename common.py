@@ -242,23 +242,36 @@ def save(path, **content):
     write_log(path.parent, content["log"])
 
 
+CONTENT = {  # what a checkpoint has at least, and of which type
+    "config": dict,
+    "settings": dict,
+    "encoding": str | dict | None,
+    "step": int,
+    "model": dict,
+    "optimizers": list,
+    "log": list,
+}
+
+
 def load_checkpoint(path, device="cpu"):
     """What `save` wrote, as a dict. UserError if it is damaged, or something else."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # it has checksums, which torch does not look at
+            damaged = file.testzip()  # the parts have checksums, which torch does not look at
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location=device, weights_only=True)
-        unlike = {"settings", "encoding", "step", "model", "optimizers", "log"} - content.keys()
-        unlike |= content["config"].keys() ^ FIELDS.keys()
+        for name, kind in CONTENT.items():
+            if not isinstance(content[name], kind):
+                raise ValueError(f"{name} is a {type(content[name]).__name__}")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one first, with python train.py") from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from None
+    except Exception as error:  # whatever is wrong with the file
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
+    unlike = content["config"].keys() ^ FIELDS.keys()
     if unlike:
-        names = ", ".join(sorted(unlike))
+        names = ", ".join(sorted(map(str, unlike)))
         raise UserError(f"{path} was written by another version of train.py: {names}")
     return content
 
@@ -267,8 +280,9 @@ def fill(model, weights, path):
     """Give the model the weights of a checkpoint. UserError if they are of another shape."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:  # its second line is the first difference
-        raise UserError(f"the weights of {path} do not fit: {str(error).splitlines()[1]}") from None
+    except (RuntimeError, AttributeError) as error:  # the second line is the first difference
+        difference = str(error).splitlines()[-1 if "\n" not in str(error) else 1]
+        raise UserError(f"the weights of {path} do not fit: {difference}") from None
 
 
 def load(path, device, content=None):

@@ -42,7 +42,6 @@ from common import (
     natural,
     positive,
     save,
-    user_input,
     write_log,
 )
 from data import fingerprint, get_encoding, prepare, read_tokenizer, read_tokens, windows
@@ -363,15 +362,24 @@ def restore(args, optimizers, world):
     if not args.resume:
         return 0, [], 0.0
     start = args.start
-    with user_input():
+    try:
         for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+            for p in optimizer.param_groups[0]["params"]:  # a lost momentum would go unnoticed
+                shapes = {x.shape for x in optimizer.state[p].values() if x.dim()}
+                if shapes != {p.shape}:
+                    raise ValueError(f"a weight of shape {[*p.shape]} has a momentum of {shapes}")
+        seconds = float(start["seconds"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{args.out} cannot resume, by its optimizers and seconds: {error}"
+        ) from error
     if world.first:
         write_log(args.out, start["log"])  # a run may have been killed between its two files
     log = start["log"]
     if start["step"] < args.steps:
         log = [line for line in log if "final" not in line]
-    return start["step"], log, start["seconds"]
+    return start["step"], log, seconds
 
 
 def load_data(args, world):
@@ -415,19 +423,18 @@ def train_in(world, args):
         text = f"{len(tokens):,} tokens to train on, {len(held_out):,} held out"
         print(f"{args.attention}, {size:,} parameters, heads {args.budgets}, {where}; {text}")
 
-    def look(step):
-        if world.first:
-            book.held_out(step, look_at_held_out_text(model, held_out, step, args))
-
-    def keep(step):
+    def look_and_save(step, look=True):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"a weight is not finite after step {step}; {LOWER}")
         if world.first:
+            if look:
+                book.held_out(step, look_at_held_out_text(model, held_out, step, args))
+            if step == args.steps:
+                book.entries.append({"step": step, "final": summary(args, model, book, world)})
             save_run(args, model, optimizers, book, step, known)
 
     if first == 0:
-        look(0)
-        keep(0)
+        look_and_save(0)
     for step in range(first, args.steps):
         loss = train_step(model, optimizers, tokens, step, args, world, run_pass)
         book.bar.update(book.tokens_per_step)
@@ -436,14 +443,11 @@ def train_in(world, args):
             book.batch(step, loss.item())
         done = step + 1
         if done % args.eval_every == 0 or done == args.steps:
-            look(done)
-            if done == args.steps:
-                book.entries.append({"step": done, "final": summary(args, model, book, world)})
-            keep(done)
+            look_and_save(done)
         elif sigterm:
-            keep(done)
+            look_and_save(done, look=False)
         if sigterm and done < args.steps:
-            return stop(args, done)
+            stop(args, done)
 
     book.bar.close()
     world.leave()
