@@ -226,7 +226,7 @@ def read(source):
         return
     for number, row in enumerate(rows(source), start=1):
         if not isinstance(row, dict) or not isinstance(row.get("text", 0), str | None):
-            raise ValueError(f"row {number} has no 'text' of type str: {row}")
+            raise ValueError(f"row {number} has no 'text' that is a string, not bytes: {row}")
         if row["text"]:  # a row may have none
             yield from parts(io.StringIO(row["text"]))
 
