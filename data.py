@@ -85,8 +85,8 @@ class Tokenizer:
 class TextStream:
     """Tokens become text as they come. A character may span several of them.
 
-    tokenizers' own DecodeStream does so too, but stops with an error at half a character behind a
-    line break, if both are tokens for single bytes.
+    (DecodeStream of tokenizers stops with an error where a vocabulary with tokens for bytes, such
+    as Llama 2's, makes a line break and then half a character.)
     """
 
     def __init__(self, encoding):
@@ -231,7 +231,7 @@ def read(source):
         return
     for number, row in enumerate(rows(source), start=1):
         if not isinstance(row, dict) or not isinstance(row.get("text", 0), str | None):
-            raise ValueError(f"row {number} has no 'text' of type str: {row}")
+            raise ValueError(f"row {number} has no 'text' that is a string, not bytes: {row}")
         if row["text"]:  # a row may have none
             yield from parts(io.StringIO(row["text"]))
 
@@ -310,10 +310,9 @@ def prepare(data, encoding_name, tokens, vocab_size):
         with TemporaryDirectory(prefix=f"{folder.name}.", dir="data") as own:
             write_tokens(data, encoding, tokens, kind, Path(own))
             folder.mkdir(exist_ok=True)
+            # train.bin is the last: where it is, both are whole.
             Path(own, "val.bin").replace(folder / "val.bin")
-            Path(own, "train.bin").replace(
-                folder / "train.bin"
-            )  # last: where it is, both are whole
+            Path(own, "train.bin").replace(folder / "train.bin")
     except OSError as error:
         raise UserError(f"cannot write the tokens of {data} in {folder} ({error})") from error
     return folder
@@ -324,14 +323,7 @@ def write_tokens(data, encoding, most, kind, folder):
     one_in = 20 if data == "stdlib" else 200
     seen = set()
     with (
-        tqdm(
-            desc="tokens",
-            unit="tok",
-            unit_scale=True,
-            total=most or None,
-            leave=False,
-            disable=None,
-        ) as bar,
+        tqdm(unit="tok", unit_scale=True, total=most or None, leave=False, disable=None) as bar,
         open(folder / "train.bin", "wb") as train,
         open(folder / "val.bin", "wb") as val,
     ):

@@ -1,4 +1,4 @@
-"""What only pretrained models have: names, a tokenizer, biases, RoPE that starts anew, latents without a norm."""
+"""What only pretrained models have: names, biases, RoPE that starts anew, latents without a norm."""
 
 import re
 from dataclasses import replace

@@ -58,6 +58,7 @@ def tokenizer(template="$A", byte_level=True):
     ends = [(piece, made.token_to_id(piece)) for piece in ("<s>", "</s>")]
     made.post_processor = processors.TemplateProcessing(template, special_tokens=ends)
     made.enable_padding(direction="left", length=20)
+    made.enable_truncation(30)
     return {"json": made.to_str(), "eot_token": made.token_to_id("</s>")}
 
 
@@ -90,25 +91,30 @@ def test_only_the_text_is_read_of_each_kind_and_from_the_hub(monkeypatch):
         "texts/2.JSONL",
         '\ufeff{"text": "a", "n": 1}\n{"text": "b", "n": "one"}\n\n{"text": null}\n',
     )
-    write_parquet("texts/3.parquet", ["c", "d"])
+    write_parquet("texts/3.PARQUET", ["c", "d"])
     write("texts/4.txt", "\ufeffe")
     write("texts/5.txt", "")  # a text, too
     assert list(data.texts("texts")) == [(text, True) for text in ("a", "b", "c", "d", "e", "")]
+    assert list(data.rows(Path("texts/3.PARQUET"))) == [{"text": "c"}, {"text": "d"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *name, **_: [{"text": f"{name}", "n": 1}])
-    assert list(data.texts("owner/name:config")) == [("('owner/name', 'config')", True)]
+    ((name, _),) = data.texts("fineweb-edu")
+    assert name == "('HuggingFaceFW/fineweb-edu', 'sample-10BT')"
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(data.UserError, match="owner/name, .*no file here.*hub"):
+        next(data.texts("owner/name"))
 
 
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("missing.jsonl", "", "no .*missing.jsonl"),
-        ("empty", "", "no .*empty"),
-        ("table.csv", "text", "no .*table.csv"),
-        ("number.jsonl", '{"text": "a"}\n{"text": 1}', "number.*row 2 .*str: {'text': 1}"),
-        ("string.jsonl", '"text"', "string.*row 1 .*str: text"),
+        ("missing.jsonl", "", "^no .*missing.jsonl"),
+        ("empty", "", "^no .*empty"),
+        ("table.csv", "text", "^no .*table.csv"),
+        ("number.jsonl", '{"text": "a"}\n{"text": 1}', "number.*row 2 .*: {'text': 1}"),
+        ("string.jsonl", '"text"', "string.*row 1 .*: text"),
         ("names.jsonl", '{"body": "a", "url": "x"}', "names.*'text'.*body.*url"),
-        ("bytes.parquet", [b"a"], "bytes.*str.*b'a'"),
-        ("byte.txt", "\udc93", "byte.txt.*utf-8"),
+        ("bytes.parquet", [b"a"], "a string, not bytes: .*b'a'"),
+        ("byte.txt", "\udc93", "byte.txt .Unicode.*utf-8"),
         ("half.jsonl", '{"text": "a"}\n{"text": ', "half.*JSON"),
         ("half.parquet", "PAR1", "half.parquet"),
     ],
@@ -132,6 +138,8 @@ def test_a_long_text_is_not_held_whole_and_of_a_table_one_row():
     assert size == len(text) and tracemalloc.get_traced_memory()[1] < size / 4
     tracemalloc.stop()
     assert sum(map(len, prepared("long.txt", tokens=500))) < 200_000, "the rest is read for nothing"
+    write("lines.txt", "a line\n" * 2**15)
+    assert {part[-7:] for part, _ in data.texts("lines.txt")} == {"a line\n"}
     write("long.jsonl", json.dumps({"text": text}))
     assert list(data.texts("long.jsonl")) == list(data.texts("long.txt"))
 
@@ -158,7 +166,9 @@ def test_one_document_in_200_is_held_out_of_short_ones_the_last_20th_and_no_text
 
 def test_one_file_in_20_of_the_standard_library_is_held_out():
     files = [path.read_text("utf-8") for path in data.find_files("stdlib")[0]]
-    assert len(files) > 300 and prepared("stdlib")[1] == tokens_of(*files[::20])
+    train, val = prepared("stdlib")
+    assert len(files) > 300 and val == tokens_of(*files[::20])
+    assert len(train + val) == len(tokens_of(*files))
 
 
 @pytest.mark.parametrize("size, kind", [(2**16, np.uint16), (2**16 + 5, np.uint32)])
@@ -186,13 +196,13 @@ def test_a_changed_text_is_prepared_anew_and_a_full_disk_leaves_nothing_half_wri
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for text, time in (("a text", 1), ("b text", 2)):
+    for count, (text, time) in enumerate((("a text", 1), ("b text", 2), ("another text", 2))):
         write("a.txt", text)
         os.utime("a.txt", (time, time))
         with monkeypatch.context() as patch, pytest.raises(data.UserError, match="No space left"):
             patch.setattr("os.fsync", full)
             data.prepare("a.txt", "bytes", 0, 257)
-        assert len(list(Path("data").iterdir())) == time - 1
+        assert len(list(Path("data").iterdir())) == count
         assert sum(prepared("a.txt"), []) == tokens_of(text)
 
 
@@ -208,7 +218,11 @@ def test_a_fingerprint_tells_other_tokens_and_a_file_cut_while_it_is_read_is_ref
         train.tofile("train.bin")
         val.tofile("val.bin")
         prints.append(json.dumps(data.fingerprint(".")))
-    assert len(set(prints)) == 4 and prints[3] == json.dumps(data.fingerprint("."))
+    assert (
+        data.fingerprint(".")["bytes"] == [2**21, 18]
+        and len(set(prints)) == 4
+        and prints[3] == json.dumps(data.fingerprint("."))
+    )
 
     tokens, _ = data.read_tokens(".", 5, 2**16)
     x, y = data.windows(tokens, [3, 2**20 - 8], 7, torch.device("cpu"))
