@@ -30,11 +30,12 @@ from common import (
     load_checkpoint,
     make_config,
     perplexity,
-    pick_device,
 )
-from data import UserError, prepare, read_tokens
+from devices import pick_device
+from data import prepare, read_tokens
 from decode import attend_one, capture_graph, fast
 from matmla import ATTENTION, GPT, Cache, Config
+from tokenizer import UserError
 from train import PRESETS
 
 # Sizes from the models' own config files. DeepSeek's paper on hardware, arXiv:2505.09343, compares

@@ -1,4 +1,4 @@
-"""What the scripts share: the command line, the device, checkpoints, the loss of a model on a text."""
+"""What the scripts share: command line, presets, checkpoints, the loss of a model on a text."""
 
 import argparse
 import json
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 import pretrained  # noqa: F401  adds the attentions of converted models to ATTENTION
-from data import UserError, get_encoding, windows
-from devices import mixed_precision, pick_device  # noqa: F401
+from data import windows
+from devices import mixed_precision
 from matmla import ATTENTION, GPT, Config
+from tokenizer import UserError, get_encoding
 
 FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.items()}
 PRESETS = {  # settings of train.py that differ from its defaults

@@ -1,4 +1,4 @@
-"""Devices: which one, how precise, several processes, the compiler, and CUDA graphs of training passes.
+"""Which device, how precise, several processes, the compiler, CUDA graphs of training passes.
 
 A reader of train.py may skip this file: it changes how fast a run is, and not what it computes.
 """
@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from tokenizer import UserError
 
 
 def pick_device(name):
@@ -35,7 +35,7 @@ def mixed_precision(device):
 
 @dataclass
 class World:
-    """The processes of a run, one per device, and which one this is. The first writes and prints."""
+    """The processes of a run, one per device, and which this is. The first writes and prints."""
 
     device: torch.device
     rank: int = 0
@@ -109,8 +109,8 @@ def can_compile(device):
 class Captured:
     """A function as a CUDA graph, which the GPU runs without waiting for Python.
 
-    The first call runs it as it is, to compile and to allocate. The second captures it. From then on
-    it is replayed: on the same tensors, with the result in the same place.
+    The first call runs it as it is, to compile and to allocate. The second captures it. From then
+    on it is replayed: on the same tensors, with the result in the same place.
     """
 
     pool = None  # memory that all graphs share, since they never run at the same time
@@ -135,8 +135,8 @@ class Captured:
 class CapturedPasses:
     """train.py's run_pass with a CUDA graph for each kind of pass: heads, sequences, weight.
 
-    A pass of a small micro-batch takes the host longer to launch than the GPU to compute. Heads drawn
-    for every layer are of too many kinds, and run as they are.
+    A pass of a small micro-batch takes the host longer to launch than the GPU to compute. Heads
+    drawn for every layer are of too many kinds, and run as they are.
     """
 
     def __init__(self, run_pass):

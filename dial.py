@@ -23,10 +23,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MultipleLocator
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import Parser, Table, evaluate, load, load_checkpoint, pick_device, positive
-from data import UserError, prepare, read_tokens
+from common import Parser, Table, evaluate, load, load_checkpoint, positive
+from devices import pick_device
+from data import prepare, read_tokens
 from matmla import Block
 from report import read_rows
+from tokenizer import UserError
 
 
 def settings_of(config, unit):

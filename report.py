@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import Parser, Table, evaluate, load, perplexity, pick_device
-from data import UserError, encode
+from common import Parser, Table, evaluate, load, perplexity
+from devices import pick_device
+from data import encode
+from tokenizer import UserError
 
 NEEDED = {"variant", "parameters", "tokens", "flops", "seconds", "cache_bytes", "val_loss", "seed"}
 

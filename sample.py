@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from common import Parser, heads_of, load, pick_device, positive, user_input
-from data import TextStream, UserError
+from common import Parser, heads_of, load, positive, user_input
+from devices import pick_device
 from decode import fast
 from matmla import sample
+from tokenizer import TextStream, UserError
 
 
 def read_heads(text, n, model):

@@ -128,7 +128,7 @@ def part(W, i, width):
 
 
 def oracle_attention(a, c, h, m):
-    """One layer: T vectors [d] for h, T vectors [d]; m: how many heads each of the T queries has."""
+    """One layer: T vectors [d] for h, T vectors [d]; m: how many heads each query has."""
     u = [torch.zeros(c.d, dtype=torch.float64) for _ in h]
     latent = c.attention in LATENT
     if latent:
@@ -636,7 +636,7 @@ def test_only_tokens_that_stayed_are_sampled_whatever_the_device_draws(monkeypat
 
 
 def test_bfloat16_logits_are_drawn_in_float32():
-    """1,000 equal tokens after a likely one each have their chance: bfloat16 would round it away."""
+    """Each of 1,000 equal tokens has its chance, which bfloat16 would round away."""
     logits = torch.zeros(20000, 1001, dtype=torch.bfloat16)
     logits[:, 0] = 6.90625  # about as likely as the others together
     draw = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 Train a language model whose attention works with several numbers of heads, its budgets.
 
     python train.py                                            MatMLA on Python's standard library
-    python train.py --attention mla --n-h 8 --out out/mla8     a baseline: 8 heads, the rest the same
+    python train.py --attention mla --n-h 8 --out out/mla8     a baseline with 8 heads
     python train.py --data FILE_OR_FOLDER                      your own text, in GPT-2 tokens
     python train.py --preset paper --out out/paper             the size of the MatMLA paper
     torchrun --nproc_per_node=2 -- train.py ...                the same on two GPUs
@@ -31,7 +31,6 @@ from common import (
     FIELDS,
     PRESETS,
     Parser,
-    UserError,
     check_budgets,
     claim,
     evaluate,
@@ -44,7 +43,7 @@ from common import (
     save,
     write_log,
 )
-from data import fingerprint, get_encoding, prepare, read_tokenizer, read_tokens, windows
+from data import fingerprint, prepare, read_tokens, windows
 from devices import (
     Captured,
     CapturedPasses,
@@ -55,6 +54,7 @@ from devices import (
 )
 from matmla import ATTENTION, GPT
 from muon import Muon
+from tokenizer import UserError, get_encoding, read_tokenizer
 
 OBJECTIVES = "mixed", "sum", "sample", "layers"  # described in micro_batches
 
@@ -71,7 +71,7 @@ def make_parser():
     add(
         "--data",
         default="stdlib",
-        help="stdlib, fineweb-edu, NAME or NAME:CONFIG on the Hugging Face hub, a file or folder of "
+        help="stdlib, fineweb-edu, NAME or NAME:CONFIG on the Hugging Face hub, files of "
         "text, .jsonl or .parquet, or a folder with train.bin and val.bin of tokens",
     )
     add("--tokens", default=0, type=natural, help="prepare so many tokens of the data; 0: all")
@@ -266,7 +266,7 @@ def run_pass(model, x, y, heads, weight):
 
 
 def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
-    """One optimizer step. Returns the mean loss of this process's sequences, still on the device."""
+    """One optimizer step. The mean loss of this process's sequences, still on the device."""
     for optimizer, peak in zip(optimizers, (args.lr, args.lr_adamw)):
         optimizer.param_groups[0]["lr"] = peak * lr_multiplier(step, args)
 

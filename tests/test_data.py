@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import data
+import tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def tokens_of(*texts):
     return [token for text in texts for token in [*text.encode(), 256]]
 
 
-def tokenizer(template="$A", byte_level=True):
+def a_tokenizer(template="$A", byte_level=True):
     """All bytes, like GPT-2's or SentencePiece's, and <s> and </s> as the template has them."""
     if byte_level:
         pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -100,7 +101,7 @@ def test_only_the_text_is_read_of_each_kind_and_from_the_hub(monkeypatch):
     ((name, _),) = data.texts("fineweb-edu")
     assert name == "('HuggingFaceFW/fineweb-edu', 'sample-10BT')"
     monkeypatch.setattr("datasets.load_dataset", None)
-    with pytest.raises(data.UserError, match="owner/name, .*no file here.*hub"):
+    with pytest.raises(tokenizer.UserError, match="owner/name, .*no file here.*hub"):
         next(data.texts("owner/name"))
 
 
@@ -125,7 +126,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_and_leaves_nothing(name, con
         write_parquet(name, content)
     elif content:
         write(name, content)
-    with pytest.raises(data.UserError, match=words) as refused:
+    with pytest.raises(tokenizer.UserError, match=words) as refused:
         data.prepare(name, "bytes", 0, 258)
     assert "\n" not in str(refused.value) and not list(Path().glob("data/*"))
 
@@ -180,15 +181,15 @@ def test_tokens_have_the_type_that_the_vocabulary_needs_and_wrong_files_are_refu
         (99, size, "val.* 99 tokens.* 99 "),
         (50, size - 1, f"train.* {size - 1}.* {size - 1} "),
     ):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(tokenizer.UserError, match=words):
             data.read_tokens(Path(), context, vocabulary)
     os.truncate("val.bin", 99)
-    with pytest.raises(data.UserError, match="val.* 99 bytes"):
+    with pytest.raises(tokenizer.UserError, match="val.* 99 bytes"):
         data.read_tokens(Path(), 0, size)
 
     write("a.txt", "a text")
     assert prepared("a.txt") == prepared("a.txt", vocabulary=size) == [[*b"a text"], [256]]
-    with pytest.raises(data.UserError, match="256 .*257"):
+    with pytest.raises(tokenizer.UserError, match="256 .*257"):
         data.prepare("a.txt", "bytes", 1, 256)
 
 
@@ -199,7 +200,8 @@ def test_a_changed_text_is_prepared_anew_and_a_full_disk_leaves_nothing_half_wri
     for count, (text, time) in enumerate((("a text", 1), ("b text", 2), ("another text", 2))):
         write("a.txt", text)
         os.utime("a.txt", (time, time))
-        with monkeypatch.context() as patch, pytest.raises(data.UserError, match="No space left"):
+        full = pytest.raises(tokenizer.UserError, match="No space left")
+        with monkeypatch.context() as patch, full:
             patch.setattr("os.fsync", full)
             data.prepare("a.txt", "bytes", 0, 257)
         assert len(list(Path("data").iterdir())) == count
@@ -230,7 +232,7 @@ def test_a_fingerprint_tells_other_tokens_and_a_file_cut_while_it_is_read_is_ref
     assert x.tolist() == [right[3:10].tolist(), right[-8:-1].tolist()]
     assert y.tolist() == [right[4:11].tolist(), right[-7:].tolist()]
     os.truncate("train.bin", 2**20)
-    with pytest.raises(data.UserError, match="train.bin was cut"):
+    with pytest.raises(tokenizer.UserError, match="train.bin was cut"):
         data.windows(tokens, [2**20 - 8], 7, torch.device("cpu"))
 
 
@@ -238,14 +240,14 @@ def test_a_fingerprint_tells_other_tokens_and_a_file_cut_while_it_is_read_is_ref
     "name, end",
     [
         ("bytes", "<|endoftext|>"),
-        (tokenizer(), "</s>"),
-        (tokenizer(byte_level=False), "</s>"),
+        (a_tokenizer(), "</s>"),
+        (a_tokenizer(byte_level=False), "</s>"),
     ],
     ids=["bytes", "level", "pieces"],
 )
 def test_tokens_become_the_text_again_as_they_come(name, end):
-    encoding = data.get_encoding(name)
-    stream = data.TextStream(encoding)
+    encoding = tokenizer.get_encoding(name)
+    stream = tokenizer.TextStream(encoding)
     text = " def f():\r\n\n\treturn 'é日本'  \n\na </s> <|endoftext|>"
     assert "".join(map(stream.step, encoding.encode_ordinary(text))) == text
     assert len(encoding.encode_ordinary(end)) > 1, "text that looks special is text"
@@ -259,14 +261,15 @@ def test_tokens_become_the_text_again_as_they_come(name, end):
 
 
 def test_a_tokenizer_is_a_name_or_a_folder_or_a_model_on_the_hub_or_refused(monkeypatch):
-    assert data.read_tokenizer("bytes") == "bytes" and data.read_tokenizer("gpt2") == "gpt2"
-    made = tokenizer()
+    for name in "bytes", "gpt2":
+        assert tokenizer.read_tokenizer(name) == name
+    made = a_tokenizer()
     write("model/tokenizer.json", made["json"])
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"model/{name}/..")
     Path("model/owner").mkdir()
     for end in ("</s>", {"content": "</s>", "special": True}):
         write("model/tokenizer_config.json", json.dumps({"eos_token": end}))
-        assert data.read_tokenizer("model") == data.read_tokenizer("owner") == made
+        assert tokenizer.read_tokenizer("model") == tokenizer.read_tokenizer("owner") == made
 
     for file, content, words in (
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "model.*<end>"),
@@ -274,15 +277,15 @@ def test_a_tokenizer_is_a_name_or_a_folder_or_a_model_on_the_hub_or_refused(monk
         ("tokenizer.json", "{}", "model"),
     ):
         write(f"model/{file}", content)
-        with pytest.raises(data.UserError, match=words):
-            data.read_tokenizer("model")
+        with pytest.raises(tokenizer.UserError, match=words):
+            tokenizer.read_tokenizer("model")
     for name, words in (
         (None, "no tokenizer"),
         ("gpt0", "gpt0"),
         ({"json": "{}", "eot_token": 0}, "cannot use"),
     ):
-        with pytest.raises(data.UserError, match=words) as refused:
-            data.get_encoding(name)
+        with pytest.raises(tokenizer.UserError, match=words) as refused:
+            tokenizer.get_encoding(name)
         assert "\n" not in str(refused.value)
 
 
@@ -290,11 +293,11 @@ def test_a_tokenizer_is_a_name_or_a_folder_or_a_model_on_the_hub_or_refused(monk
     "template, front", [("$A", []), ("<s> $A", [256]), ("<s> $A </s>", [256]), ("$A </s>", [])]
 )
 def test_a_template_is_once_in_front_of_a_document_and_never_behind(template, front):
-    plain = data.get_encoding(tokenizer())
+    plain = tokenizer.get_encoding(a_tokenizer())
     ends = [f"{begin * 2**17}\n{end}" for begin in "ab" for end in "ab"]  # each of two parts
     some = ["a" * 2**16, *ends]
     for i, text in enumerate([*some, some[2]]):
         write(f"texts/{i}.txt", text)
     right = [[*front, *plain.encode_ordinary(text), 257] for text in some]
-    found = sum(prepared("texts", 0, tokenizer(template)), [])
+    found = sum(prepared("texts", 0, a_tokenizer(template)), [])
     assert found == sum(right, []) != sum(prepared("texts"), [])

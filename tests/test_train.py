@@ -1,4 +1,4 @@
-"""Tests of train.py, muon.py, devices.py and common.py. What needs a GPU is run where there is one."""
+"""Tests of train.py, muon.py, devices.py and common.py. GPU tests run where there is one."""
 
 import functools
 import json
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 import common
 import devices
 import train
-from data import UserError
 from devices import World
 from matmla import GPT, Config
 from test_matmla import make, some_tokens
+from tokenizer import UserError
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start; test_matmla says why
 CPU = World(torch.device("cpu"))
@@ -82,7 +82,7 @@ def plain_turns(objective, step, shares=(2, 1)):
 
 @pytest.mark.parametrize("objective", train.OBJECTIVES)
 def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
-    """11 sequences in passes of 6 and 5, shares 2 and 1, two peak rates that rise and fall: float64.
+    """11 sequences in passes of 6 and 5, shares 2 and 1, rates that rise and fall. In float64.
 
     The oracle takes one sequence at a time, and torch's own Muon.
     """
@@ -260,7 +260,7 @@ def test_compiled_gradients_on_a_gpu_are_those_of_the_block(preset):
 @pytest.mark.parametrize("objective", train.OBJECTIVES)
 @pytest.mark.parametrize("preset", common.PRESETS)
 def test_captured_passes_on_a_gpu_have_the_gradients_and_losses_of_eager_ones(preset, objective):
-    """20 steps. Gradients after the first replay to 20%, losses to 1e-3: they pass through bfloat16."""
+    """Gradients to 20%, the losses of 20 steps to 1e-3: both pass through bfloat16."""
     torch._dynamo.reset()
     flags = ["--preset", preset, "--n-layer", "2", "--objective", objective, "--out", "nowhere"]
     _, args = train.settings([*flags, "--micro-batch", "12", "--batch", "24"])
