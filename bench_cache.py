@@ -77,9 +77,9 @@ def cached_numbers(c, m):
 
 def cached_bytes(config, m, device):
     """What a token takes in the bfloat16 tensors of a real cache, all layers."""
-    with torch.device("meta"):  # without memory for the weights,
+    with torch.device("meta"):  # weights take no memory here
         model = GPT(replace(config, vocab_size=1, d_ff=1))
-    model.embed.to_empty(device=device).bfloat16()  # but for those that a cache is made like
+    model.embed.to_empty(device=device).bfloat16()  # its device and dtype are those of a cache
     return sum(layer.rows.untyped_storage().nbytes() for layer in model.new_cache(1, 64, m)) // 64
 
 
@@ -87,8 +87,8 @@ def sizes(models, device):
     """Yield a row for each model of {name: config}, and for each budget whose cache differs."""
     for name, c in models.items():
         budgets = sorted(c.budgets) if ATTENTION[c.attention].nested else [c.n_h]
-        most = {cached_bytes(c, m, device): m for m in budgets}  # heads with a cache of that size
-        for measured, m in reversed(most.items()):
+        largest = {cached_bytes(c, m, device): m for m in budgets}  # of those with equal caches
+        for measured, m in reversed(largest.items()):
             yield {
                 "attention": name,
                 "layout": f"at most {m} heads" if c.attention == "nested_mha" else "",
@@ -126,16 +126,16 @@ def attend_nothing(q, k, v, positions, scale):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def count(c, sequences, absorb):
+def count(c, reader, sequences):
     """(FLOPs that make q, k and v, numbers cached) in one layer, counted by torch.
 
     sequences: for each a dict {heads: tokens} of its parts, one after the other, in a cache that
-    has room for the most heads among them. absorb: whether a latent attention reads absorbed.
+    has room for the most heads among them. reader: how a latent attention reads.
     """
     numbers = 0
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without data
         layer = ATTENTION[c.attention](c)
-        layer.absorb_below = math.inf if absorb else 0
+        layer.absorb_below = math.inf if reader == "absorbed" else 0
         layer.attend = attend_nothing
         layer.W_O.weight = nn.Parameter(torch.empty(0, c.n_h * c.d_h))  # no output to project
         for parts in sequences:
@@ -155,17 +155,18 @@ def costs(config):
     formula counts. Absorbed, a token pays for nothing but its own heads.
     """
     T = 2 * config.context
-    for name, absorb in (("nested_mha", False), ("matmla", False), ("matmla", True)):
+    for name, reader in (("nested_mha", ""), ("matmla", "expanded"), ("matmla", "absorbed")):
         c = replace(config, attention=name)
         for alpha in (0, 0.5, 1):
             parts = {c.n_h // 2: int(alpha * T), c.n_h: T - int(alpha * T)}
             parts = {m: tokens for m, tokens in parts.items() if tokens}
             paper, ours, cached = table_2(c, alpha)
-            apart = count(c, [{m: tokens} for m, tokens in parts.items()], absorb)
-            mixed = count(c, [parts], absorb)
+            apart = count(c, reader, [{m: tokens} for m, tokens in parts.items()])
+            mixed = count(c, reader, [parts])
             assert apart == (ours * T, cached * T), f"{c}, {alpha}: {apart}"
             yield {
-                "attention": f"{name}, absorbed" if absorb else name,
+                "attention": name,
+                "reader": reader,
                 "α": str(alpha),
                 "FLOPs in the paper": int(paper),
                 "at our sizes": int(ours),
@@ -208,7 +209,7 @@ def step_seconds(c, reader, m, batch, length, new, device):
         model = GPT(c)
         tokens = torch.zeros(batch, new, dtype=torch.long)
     for block in model.blocks:
-        if reader == "naive":
+        if reader == "expanded":
             block.attention.absorb_below = 0
     if device.type == "cuda":
         fast(model.bfloat16())
@@ -248,25 +249,25 @@ def speeds(config, readers, shapes, prompt, device):
     """
     for batch, length in shapes:
         first = None
-        for name, how, m in readers:
+        for name, reader, m in readers:
             c = replace(config, attention=name, context=length)
-            time = step_seconds(c, how, m, batch, length, length if prompt else 1, device)
+            time = step_seconds(c, reader, m, batch, length, length if prompt else 1, device)
             first = first or time
             row = {
                 "sequences": batch,
                 "tokens": length,
                 "attention": name,
-                "reader": how,
+                "reader": reader,
                 "heads": m,
                 "relative time": time / first,
                 "ms": time * 1e3,
             }
-            if not prompt and device.type == "cuda":
+            if not prompt and device.type == "cuda" and reader != "expanded":
                 cached = 2 * cached_numbers(c, m)  # bytes of a token in a layer
                 flops = m * (4 * c.d_c + 2 * c.d_R if name == "matmla" else 4 * c.d_h)
                 row |= {
                     "GB/s of cache": cached * c.n_layer * batch * length / time / 1e9,
-                    "FLOPs per byte": None if how == "naive" else flops / cached,
+                    "FLOPs per byte": flops / cached,
                     "attention, ms": attention_seconds(c, m, batch, length, device) * 1e3,
                 }
             yield row
@@ -307,34 +308,36 @@ def measure(preset, device):
             ("nested_mha", "full", min(config.budgets)),
             ("gqa", "", config.n_h),
             ("nested_gqa", "", min(config.budgets)),
-            ("matmla", "naive", config.n_h),
+            ("matmla", "expanded", config.n_h),
             *(("matmla", "absorbed", m) for m in config.budgets),
         ]
     tables = {
-        "sizes": show("What a token leaves in the cache, in bfloat16", sizes(models, device)),
+        "sizes": show("What a token leaves in the cache, in bfloat16.", sizes(models, device)),
         "costs": show(
             "The paper's Table 2: FLOPs to make q, k and v of a token in one layer, and numbers\n"
-            "cached, where a share α of the tokens has half of the heads. So much is counted if\n"
-            "they have a sequence of their own. Mixed in one, where they come first, more is: all\n"
-            "heads of the others need their keys and values, too, unless MatMLA reads absorbed",
+            "cached, if a share α of the tokens has half of the heads. Counted: the same, with a\n"
+            "sequence for each number of heads. Mixed: in one sequence, where the others read\n"
+            "these tokens with all heads. That costs more, unless MatMLA reads absorbed.",
             costs(config),
         ),
     }
     if preset == "tiny" or device.type == "cuda":
         shapes = SHAPES.get(preset, SHAPES[device.type])
         tables["decoding"] = show(
-            "A new token for every sequence, with its other tokens in the cache",
+            "A step with one new token for every sequence, whose others are in the cache.",
             speeds(config, readers, shapes, False, device),
         )
-        readers = [reader for reader in readers if reader[1] != "naive"]  # no prompt is absorbed
+        readers = [one for one in readers if one[1] != "expanded"]  # as all prompts are read
         shapes = [(batch, length) for batch, length in shapes if batch * length <= 2**16]
         tables["prompts"] = show(
-            "All tokens of every sequence at once", speeds(config, readers, shapes, True, device)
+            "A prompt: all tokens of every sequence at once.",
+            speeds(config, readers, shapes, True, device),
         )
     return tables
 
 
 def bench(args):
+    """Print the tables, and then all of them as JSON."""
     device = pick_device(args.device)
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

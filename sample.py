@@ -62,14 +62,14 @@ def write_samples(args):
         args.prompt.encode()  # what a command line has in another encoding is no text
         sample(torch.zeros(1, 1), **sampling)
         if not args.compare:
-            choices = [read_heads(args.heads, args.tokens, model) if args.heads else {}]
+            choices = [{} if args.heads == "all" else read_heads(args.heads, args.tokens, model)]
     prompt = torch.tensor([encoding.encode_ordinary(args.prompt)], dtype=torch.long, device=device)
     if prompt.numel() == 0:
         raise UserError("--prompt has 0 tokens to continue")
 
     for choice in choices:
         print(args.prompt, end="", flush=True)
-        sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
+        sampling["generator"] = torch.Generator(device).manual_seed(args.seed % 2**63)
         text = TextStream(encoding)
         for i, token in enumerate(model.stream(prompt, args.tokens, **choice, **sampling)):
             if i < 2:  # the first two read the prompt and warm up
@@ -89,7 +89,7 @@ def main():
     add = parser.add_argument
     add("--checkpoint", default=Path("out/checkpoint.pt"), type=Path, help="written by train.py")
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--heads", help="how many, or as above; all if not given")
+    one.add_argument("--heads", default="all", help="how many, or as above")
     one.add_argument("--compare", action="store_true", help="once at each budget of the model")
     add("--prompt", default="import ", help="text to continue")
     add("--tokens", default=400, type=positive, help="how many new tokens")

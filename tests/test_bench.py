@@ -90,7 +90,7 @@ def test_fast_steps_without_what_usually_helps(captured):
     compare(make("nested_mha", **ODD), [2, [2, 4], [1, 3]], ragged=[2, 4])
     compare(make("matmla", d_cq=0, **ODD), [4, 3])
     model = make("matmla", **ODD)
-    next(readers(model))  # naive
+    next(readers(model))  # it expands the cache
     assert decode.join(model.blocks[0]) is model.blocks[0]
     compare(model, [4, 3])
 
@@ -161,7 +161,8 @@ COSTS = dict(d=40, n_h=6, d_h=10, d_c=14, d_cq=22, d_R=8, d_ff=36, context=16)
 
 def test_the_papers_costs_are_those_of_the_weights_that_a_token_uses():
     """A weight costs 2 FLOPs for a token. Of W_UQ, W_QR, W_UK and W_UV, a token uses its heads'."""
-    rows = {(row["attention"], row["α"]): row for row in bench_cache.costs(Config(**COSTS))}
+    rows = bench_cache.costs(Config(**COSTS))
+    rows = {(row["attention"], row["reader"], row["α"]): row for row in rows}
     a = ATTENTION["matmla"](Config(**COSTS))
     size = {name: 2 * p.numel() for name, p in a.named_parameters()}
     shared = size["W_DQ.weight"] + size["W_DKV.weight"] + size["W_KR.weight"]
@@ -172,17 +173,17 @@ def test_the_papers_costs_are_those_of_the_weights_that_a_token_uses():
     # heads of a token on average; keys and values that are made for it, if budgets are mixed:
     # half of the tokens in a first pass with 3 heads, all in a second with 6
     for alpha, used, made in (("0", 6, 6), ("0.5", 4.5, 0.5 * 3 + 6), ("1", 3, 3)):
-        row = rows["nested_mha", alpha]
+        row = rows["nested_mha", "", alpha]
         assert row["at our sizes"] == row["counted"] == 3 * W_Q * used / 6
         written = 3 if alpha == "1" else 6
         assert row["counted, mixed"] == W_Q * used / 6 + 2 * W_Q * written / 6
         assert (row["cached"], row["cached, mixed"]) == (2 * used * 10, 2 * written * 10)
 
-        for name in ("matmla", "matmla, absorbed"):
-            row = rows[name, alpha]
+        for reader in ("expanded", "absorbed"):
+            row = rows["matmla", reader, alpha]
             assert row["counted"] == shared + (of_queries + of_keys) * used
-            expanded = made if name == "matmla" else used
-            assert row["counted, mixed"] == shared + of_queries * used + of_keys * expanded
+            keys = made if reader == "expanded" else used
+            assert row["counted, mixed"] == shared + of_queries * used + of_keys * keys
             assert row["cached"] == row["cached, mixed"] == 14 + 8
 
 
@@ -220,16 +221,16 @@ def test_steps_and_prompts_are_timed_beside_mha(monkeypatch, capsys):
         (2, 40, "nested_mha", "full", 4, 2, 2e3),
         (2, 40, "gqa", "", 12, 3, 3e3),
         (2, 40, "nested_gqa", "", 4, 4, 4e3),
-        (2, 40, "matmla", "naive", 12, 5, 5e3),
+        (2, 40, "matmla", "expanded", 12, 5, 5e3),
         (2, 40, "matmla", "absorbed", 12, 6, 6e3),
         (2, 40, "matmla", "absorbed", 8, 7, 7e3),
         (2, 40, "matmla", "absorbed", 4, 8, 8e3),
     ]
     prompts = [(row["attention"], row["heads"], row["relative time"]) for row in tables["prompts"]]
     times = iter(range(9, 16))
-    assert prompts == [(row[2], row[4], next(times) / 9) for row in found if row[3] != "naive"]
-    naive, absorbed, eight, four = flops[4:8]
-    assert naive > 3 * absorbed > 3 * eight > 3 * four
+    assert prompts == [(row[2], row[4], next(times) / 9) for row in found if row[3] != "expanded"]
+    expanded, absorbed, eight, four = flops[4:8]
+    assert expanded > 3 * absorbed > 3 * eight > 3 * four
     assert flops[12] > 30 * absorbed  # 40 tokens with 12 heads
 
 
