@@ -23,6 +23,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (
+    PRESETS,
     Parser,
     Table,
     evaluate_after,
@@ -31,12 +32,11 @@ from common import (
     make_config,
     perplexity,
 )
-from devices import pick_device
 from data import prepare, read_tokens
 from decode import attend_one, capture_graph, fast
+from devices import pick_device
 from matmla import ATTENTION, GPT, Cache, Config
 from tokenizer import UserError
-from train import PRESETS
 
 # Sizes from the models' own config files. DeepSeek's paper on hardware, arXiv:2505.09343, compares
 # their caches. Speed is measured of the first, whose d_ff is that of its dense layers.

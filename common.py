@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         except (UserError, OSError) as error:
             self.error(error)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            self.error(f"not enough memory: {error}")
+            self.error(f"not enough memory {error}")
 
 
 @contextmanager

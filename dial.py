@@ -24,8 +24,8 @@ from matplotlib.ticker import EngFormatter, MultipleLocator
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import Parser, Table, evaluate, load, load_checkpoint, positive
-from devices import pick_device
 from data import prepare, read_tokens
+from devices import pick_device
 from matmla import Block
 from report import read_rows
 from tokenizer import UserError

@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common import Parser, Table, evaluate, load, perplexity
-from devices import pick_device
 from data import encode
+from devices import pick_device
 from tokenizer import UserError
 
 NEEDED = {"variant", "parameters", "tokens", "flops", "seconds", "cache_bytes", "val_loss", "seed"}

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from common import Parser, heads_of, load, positive, user_input
-from devices import pick_device
 from decode import fast
+from devices import pick_device
 from matmla import sample
 from tokenizer import TextStream, UserError
 

@@ -200,8 +200,8 @@ def test_a_changed_text_is_prepared_anew_and_a_full_disk_leaves_nothing_half_wri
     for count, (text, time) in enumerate((("a text", 1), ("b text", 2), ("another text", 2))):
         write("a.txt", text)
         os.utime("a.txt", (time, time))
-        full = pytest.raises(tokenizer.UserError, match="No space left")
-        with monkeypatch.context() as patch, full:
+        refused = pytest.raises(tokenizer.UserError, match="No space left")
+        with monkeypatch.context() as patch, refused:
             patch.setattr("os.fsync", full)
             data.prepare("a.txt", "bytes", 0, 257)
         assert len(list(Path("data").iterdir())) == count
