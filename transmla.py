@@ -249,7 +249,7 @@ def importance(model, windows):
 
 
 def measure(c, weights, text):
-    """Rows of a table: each budget's cache, and perplexity on windows of a text, if there are any."""
+    """Rows of a table: of each budget the cache, and the perplexity on windows of a text, if any."""
     model = build(c, weights, device=text.device)
     size = model.new_cache(1, 1).nbytes // 2  # the weights are in float32
     rows = []
@@ -271,8 +271,8 @@ def measure(c, weights, text):
 def plan(args, gqa, weights):
     """Configs of what to make: the exact MLA, then those that are asked for. UserError if wrong."""
     kind = "matmla" if args.budgets else "mla"
-    exact = replace(gqa, attention=gqa.attention.replace("gqa", kind))
-    exact.budgets = args.budgets or gqa.budgets
+    attention = gqa.attention.replace("gqa", kind)
+    exact = replace(gqa, attention=attention, budgets=args.budgets or gqa.budgets)
     check_budgets(exact.budgets, exact)
     if not (args.d_R or args.d_c or args.deepseek):
         return [exact]
@@ -297,7 +297,8 @@ def plan(args, gqa, weights):
     for words in wrong:
         if wrong[words]:
             raise UserError(words)
-    attention = kind if args.deepseek else exact.attention
+    if args.deepseek:
+        attention = kind
     return [exact, *(replace(exact, attention=attention, d_c=d_c, d_R=d_R) for d_c in widths)]
 
 
@@ -323,41 +324,40 @@ def transmla(args):
     device = pick_device(args.device)
     theirs, encoding = read_pretrained(args.model)
     gqa, old = to_gqa(theirs)
-    exact, *others = plan(args, gqa, old)
+    configs = plan(args, gqa, old)
 
-    # Text to measure on and to calibrate on. Without a tokenizer any tokens show exactness.
+    # A text to measure on and one to calibrate on. To show exactness, any tokens will do.
     order = moments = None
     text = torch.empty(0, 1, device=device)
     tokens = torch.randint(gqa.vocab_size, (1, min(256, gqa.context)))
-    original = build(gqa, old, device=device)
     if encoding:
-        text, other = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context).to(
-            device
-        )
+        halves = read_text(args.text, args.tokens, get_encoding(encoding), gqa.context)
+        text, other = halves.to(device)
         tokens = text[:1, : tokens.shape[1]].cpu()
+        original = build(gqa, old, device=device)
         if args.budgets:
             order = importance(original, other).argsort(descending=True).tolist()
-        if others:
+        if len(configs) > 1:
             moments = second_moments(original, other)
-    elif others or args.budgets:
+    elif len(configs) > 1 or args.budgets:
         raise UserError(
             f"{args.model} has no tokenizer, so no text can tell which keys or heads matter"
         )
 
-    new = to_mla(old, gqa, exact, order)
-    check(theirs, gqa, old, exact, new, tokens)
+    new = to_mla(old, gqa, configs[0], order)
+    check(theirs, gqa, old, configs[0], new, tokens)
 
     table = Table()
-    for row in measure(gqa, old, text) + measure(exact, new, text):
+    for row in measure(gqa, old, text) + measure(configs[0], new, text):
         table.add(row)
-    for c in others:
+    for c in configs[1:]:
         new = to_mla(old, gqa, c, order, moments)
         for row in measure(c, new, text):
             table.add(row)
 
     if args.keep_gqa:
         write(args.out / "gqa" / "checkpoint.pt", gqa, old, encoding)
-    write(args.out / "checkpoint.pt", [exact, *others][-1], new, encoding)
+    write(args.out / "checkpoint.pt", configs[-1], new, encoding)
 
 
 def main():
