@@ -825,7 +825,10 @@ def looks(number, lab):
                 ("matmla", 4),
             ):
                 sizes = "n_h = 6, n_kv = 3, d_h = 10, d_c = 14, d_R = 8"
-                yield f"{attention} with {m} heads, where {sizes}", layer(lab, attention).row_width(m)
+                yield (
+                    f"{attention} with {m} heads, where {sizes}",
+                    layer(lab, attention).row_width(m),
+                )
         case "where absorption stops paying":
             for d_c, d_h in (512, 128), (14, 10), (40, 12), (8, 10), (10, 10):
                 yield f"T for d_c = {d_c}, d_h = {d_h}", round(lab.absorb_below(d_c, d_h), 6)

@@ -249,7 +249,7 @@ def importance(model, windows):
 
 
 def measure(c, weights, text):
-    """Rows of a table: of each budget the cache, and the perplexity on windows of a text, if any."""
+    """Rows of a table, one a budget: the cache, and perplexity on windows of a text, if any."""
     model = build(c, weights, device=text.device)
     size = model.new_cache(1, 1).nbytes // 2  # the weights are in float32
     rows = []
