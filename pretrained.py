@@ -306,7 +306,7 @@ def to_gqa(theirs):
 
 
 def block_to_gqa(weights, block, d_h):
-    """Bring the weights of a block, which have our names, into our form. block: "blocks.0." or so."""
+    """Bring the weights of one block, which have our names, into our form. block: "blocks.0.""""
     attention = f"{block}attention."
 
     # A bias becomes the column of the 1 in with_one(x).

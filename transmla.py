@@ -1,12 +1,13 @@
 """
 TransMLA (arXiv:2502.07864): a pretrained GQA model becomes an MLA model with the same cache.
 
-    python transmla.py MODEL                           exactly: the same logits
+    python transmla.py MODEL                           the same logits
+    python transmla.py MODEL --budgets 9,6,3           MatMLA; with all 9 heads the same logits
     python transmla.py MODEL --d-R 64 --d-c 192,128    smaller caches; the last one is saved
-    python transmla.py MODEL --budgets 9,6,3           MatMLA, exactly at all heads; the others
     python transmla.py MODEL --deepseek                an MLA as DeepSeek has it, for export.py
+
     python train.py --init out/transmla/checkpoint.pt --out out/healed --data FILE \\
-        --lr 5e-4 --lr-adamw 5e-5                      and what is not exact wants training
+        --lr 5e-4 --lr-adamw 5e-5                      heals what is not exact
 
 MODEL is a folder, a .gguf file or a Hugging Face id of a Llama, Mistral, Mixtral, Qwen2, 2.5 or 3.
 
@@ -37,11 +38,11 @@ from pretrained import make_model, to_gqa, with_one
 
 
 def to_mla(weights, gqa, c, order=None, moments=None):
-    """Weights of an MLA or MatMLA with Config c from those of a GQA. Float64 where they are new.
+    """Weights of an MLA with Config c from those of a GQA, in float64 where they are new.
 
-    order: for every layer, heads as they shall be. Any order is the same layer, for every head has
-    a part of its own in all weights that are by heads. moments: of second_moments; without them
-    nothing is rotated or cut.
+    order: for every layer, its heads in a new order. Any order is the same layer, for every head
+    has a part of its own in all weights that are by heads. moments: from `second_moments`, to
+    rotate keys, to cut, and for an ordinary MLA; without them nothing of it is done.
     """
     new = dict(weights)
     for i in range(c.n_layer):
@@ -51,7 +52,7 @@ def to_mla(weights, gqa, c, order=None, moments=None):
             if f"{prefix}{name}.weight" in new:
                 old[name] = new.pop(f"{prefix}{name}.weight").double()
         heads = torch.tensor(order[i] if order else range(c.n_h))
-        layer = layer_to_mla(old, gqa, c, heads, moments and moments[i])
+        layer = layer_to_mla(old, gqa, c, heads, moments[i] if moments else None)
         if "pretrained" not in c.attention:
             g = new[f"blocks.{i}.norm_attention.weight"].double()
             layer = layer_to_deepseek(layer, moments[i], g)
@@ -278,9 +279,15 @@ def plan(args, gqa, weights):
         return [exact]
 
     full = gqa.d_R
-    d_R = args.d_R or (gqa.d_h if args.deepseek else full)
-    most = min(2 * full - d_R, gqa.d) if args.deepseek else 2 * full - d_R
-    widths = args.d_c or (most if args.deepseek else full,)
+    if args.deepseek:  # one key with RoPE; a latent need not be wider than x
+        attention = kind
+        d_R = args.d_R or gqa.d_h
+        most = min(2 * full - d_R, gqa.d)
+        widths = args.d_c or (most,)
+    else:
+        d_R = args.d_R or full
+        most = 2 * full - d_R
+        widths = args.d_c or (full,)
     qk_norm = "qk_norm" in gqa.attention
     experts = "blocks.0.W_up.router.weight" in weights
     ordinary = gqa.rope_base ** (-torch.arange(0, gqa.d_h, 2) / gqa.d_h)
@@ -290,15 +297,13 @@ def plan(args, gqa, weights):
         f"d_c {widths} must be in 1..{most}": not 1 <= min(widths) <= max(widths) <= most,
         f"QK-norm: d_R must be {full}, for keys cannot go into the latent": qk_norm and d_R < full,
         f"--deepseek: d_R must be {gqa.d_h}": args.deepseek and d_R != gqa.d_h,
-        "--deepseek: there is no QK-norm": args.deepseek and qk_norm,
-        "--deepseek: there are no experts": args.deepseek and experts,
-        "--deepseek: there is no RoPE scaling": args.deepseek and scaled,
+        "--deepseek: an ordinary MLA has no QK-norm": args.deepseek and qk_norm,
+        "--deepseek: an ordinary MLA has no experts": args.deepseek and experts,
+        "--deepseek: an ordinary MLA has no RoPE scaling": args.deepseek and scaled,
     }
     for words in wrong:
         if wrong[words]:
             raise UserError(words)
-    if args.deepseek:
-        attention = kind
     return [exact, *(replace(exact, attention=attention, d_c=d_c, d_R=d_R) for d_c in widths)]
 
 
