@@ -306,7 +306,7 @@ def to_gqa(theirs):
 
 
 def block_to_gqa(weights, block, d_h):
-    """Bring the weights of one block, which have our names, into our form. block: "blocks.0.""""
+    """Bring the weights of one block into our form. block: what their names begin with."""
     attention = f"{block}attention."
 
     # A bias becomes the column of the 1 in with_one(x).

@@ -271,7 +271,7 @@ def test_a_cut_takes_nothing_where_keys_are_copies_or_do_not_turn(base, turning,
 
 
 def test_a_cut_does_not_depend_on_how_queries_and_keys_share_a_score():
-    """With keys 32 times as long, and queries a 32nd, it is the same GQA, and so must be the cut."""
+    """Keys 32 times as long, and queries a 32nd, are the same GQA: so must be the cut."""
     logits = []
     for factor in (1, 32):
         theirs = hf_model("Llama")
