@@ -12,10 +12,10 @@ import filelock
 import numpy as np
 import torch
 
-import pretrained  # noqa: F401  adds the attentions of converted models to ATTENTION
 from data import windows
 from devices import mixed_precision
-from matmla import ATTENTION, GPT, Config
+from matmla import ATTENTION, Config
+from pretrained import make_model  # which also adds the attentions of converted models
 from tokenizer import UserError, get_encoding
 
 FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.items()}
@@ -289,7 +289,7 @@ def fill(model, weights, path):
 def load(path, device, content=None):
     """(model, encoding) of a checkpoint, or of its content if that is read already."""
     content = content or load_checkpoint(path, device)
-    model = GPT(make_config(content["config"])).to(device)
+    model = make_model(make_config(content["config"]), content["model"]).to(device)
     fill(model, content["model"], path)
     return model.eval(), get_encoding(content["encoding"])
 

@@ -54,6 +54,7 @@ from devices import (
 )
 from matmla import ATTENTION, GPT
 from muon import Muon
+from pretrained import make_model
 from tokenizer import UserError, get_encoding, read_tokenizer
 
 OBJECTIVES = "mixed", "sum", "sample", "layers"  # described in micro_batches
@@ -341,12 +342,13 @@ def build(args, world):
     """(model, its optimizers, what runs a pass), with the weights that the run starts from."""
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # what stays in float32 may use tf32
-    model = GPT(make_config(vars(args))).to(world.device)
+    weights = args.start["model"] if args.start else {}
+    model = make_model(make_config(vars(args)), weights).to(world.device)
     optimizers = make_optimizers(model)
     if args.start:
         if args.tie and not args.start["config"]["tie"]:
             raise UserError(f"{args.init} has two embeddings, and --tie would lose one of them")
-        fill(model, args.start["model"], args.init or args.out / "checkpoint.pt")
+        fill(model, weights, args.init or args.out / "checkpoint.pt")
 
     cuda = world.device.type == "cuda"
     if cuda:

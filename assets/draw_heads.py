@@ -1,6 +1,6 @@
 """assets/heads.png, from heads.json of dial.py: what each head of a MatMLA and of an MLA is worth.
 
-    python assets/draw_heads.py
+python assets/draw_heads.py
 """
 
 import json
