@@ -288,6 +288,7 @@ def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
 # ---------------------------------------------------------------- the run
 
 LOWER = "nothing was saved since the last look. Try a lower --lr"
+OF_THIS_CALL = "out", "resume", "init", "start", "encoding", "overwrite"  # not of the run
 
 
 class Logbook:
@@ -398,6 +399,97 @@ def load_data(args, world):
     return tokens, held_out, known
 
 
+class Run:
+    """A run between two steps. `advance` takes a step, `look` measures, `save` writes."""
+
+    def __init__(self, args, world):
+        self.args, self.world = args, world
+        self.model, self.optimizers, self.run_pass = build(args, world)
+        self.step, log, seconds = restore(args, self.optimizers, world)
+        self.tokens, self.held_out, self.data = load_data(args, world)
+        self.book = Logbook(args, log, seconds, self.step, world.first)
+
+    def __str__(self):
+        size = sum(p.numel() for p in self.model.parameters())
+        where = f"{self.world.size} x {self.world.device.type}"
+        text = f"{len(self.tokens):,} tokens to train on, {len(self.held_out):,} held out"
+        what = f"{self.args.attention}, {size:,} parameters, heads {self.args.budgets}"
+        return f"{what}, {where}; {text}"
+
+    def advance(self):
+        """Take a step. Only at every 10th does the host wait for the device, to tell the loss."""
+        loss = train_step(
+            self.model,
+            self.optimizers,
+            self.tokens,
+            self.step,
+            self.args,
+            self.world,
+            self.run_pass,
+        )
+        self.book.bar.update(self.book.tokens_per_step)
+        if self.step % 10 == 0:
+            self.world.average([loss])
+            self.book.batch(self.step, loss.item())
+        self.step += 1
+
+    def look(self):
+        """Measure the loss on held-out text: on more of it before the first step and at the end."""
+        if self.world.first:
+            count = 256 if self.step in (0, self.args.steps) else 32
+            budgets = self.args.budgets
+            with torch.compiler.set_stance("force_eager"):
+                losses = evaluate(self.model, self.held_out, count, budgets)
+            self.book.held_out(self.step, dict(zip(budgets, losses)))
+
+    def save(self):
+        """Write checkpoint.pt, from which the run can go on, and metrics.jsonl."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UserError(f"a weight is not finite after step {self.step}; {LOWER}")
+        if self.world.first:
+            if self.step == self.args.steps:
+                self.book.entries.append({"step": self.step, "final": self.summary()})
+            save(
+                self.args.out / "checkpoint.pt",
+                config=vars(self.model.config),
+                settings={k: v for k, v in vars(self.args).items() if k not in OF_THIS_CALL},
+                encoding=self.args.encoding,
+                step=self.step,
+                seconds=self.book.seconds,
+                model=self.model.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                log=self.book.entries,
+                data=self.data,
+            )
+
+    def summary(self):
+        """The last line of a finished run's log, a dict."""
+        args, device, book = self.args, self.world.device, self.book
+        cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if cuda else device.type
+        dense = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # by datasheets
+        peak = next((flops for chip, flops in dense.items() if chip in name), None)
+        cost, tokens = flops_per_token(args), args.steps * book.tokens_per_step
+        shares = ":".join(map(str, args.shares))
+        nested = ATTENTION[args.attention].nested
+        rates = book.speed and peak
+        return {
+            "variant": f"{args.attention}, {args.objective} {shares}" if nested else args.attention,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "tokens": tokens,
+            "flops": cost * tokens,
+            "cache_bytes": GPT(self.model.config).bfloat16().new_cache(1, 1).nbytes,
+            "val_loss": book.entries[-1]["val_loss"],
+            "seconds": book.seconds,
+            "tokens_per_second": book.speed,
+            "mfu": book.speed * cost / peak / self.world.size if rates else None,
+            "seed": args.seed,
+            "memory": torch.cuda.max_memory_allocated(device) if cuda else None,  # peak bytes
+            "device": f"{self.world.size} x {name}",
+            "torch": str(torch.__version__),
+        }
+
+
 def heed_sigterm():
     """A list that is no longer empty once SIGTERM has come, as schedulers send before the end."""
     came = []
@@ -409,112 +501,34 @@ def train(args):
     """The whole run, alone in its folder. Under torchrun every process comes here."""
     world = start_processes(args)
     with claim(args.out) if world.first else nullcontext():
-        train_in(world, args)
-
-
-def train_in(world, args):
-    """Build, restore, load data; then steps, with a look at held-out text now and then."""
-    model, optimizers, run_pass = build(args, world)
-    first, log, seconds = restore(args, optimizers, world)
-    tokens, held_out, known = load_data(args, world)
-    book = Logbook(args, log, seconds, first, world.first)
-    sigterm = heed_sigterm()
-    if world.first:
-        size = sum(p.numel() for p in model.parameters())
-        where = f"{world.size} x {world.device.type}"
-        text = f"{len(tokens):,} tokens to train on, {len(held_out):,} held out"
-        print(f"{args.attention}, {size:,} parameters, heads {args.budgets}, {where}; {text}")
-
-    def look_and_save(step, look=True):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise UserError(f"a weight is not finite after step {step}; {LOWER}")
+        run = Run(args, world)
+        sigterm = heed_sigterm()
         if world.first:
-            if look:
-                book.held_out(step, look_at_held_out_text(model, held_out, step, args))
-            if step == args.steps:
-                book.entries.append({"step": step, "final": summary(args, model, book, world)})
-            save_run(args, model, optimizers, book, step, known)
-
-    if first == 0:
-        look_and_save(0)
-    for step in range(first, args.steps):
-        loss = train_step(model, optimizers, tokens, step, args, world, run_pass)
-        book.bar.update(book.tokens_per_step)
-        if step % 10 == 0:  # only here does the host wait for the device
-            world.average([loss])
-            book.batch(step, loss.item())
-        done = step + 1
-        if done % args.eval_every == 0 or done == args.steps:
-            look_and_save(done)
-        elif sigterm:
-            look_and_save(done, look=False)
-        if sigterm and done < args.steps:
-            stop(args, done)
-
-    book.bar.close()
-    world.leave()
+            print(run, flush=True)
+        if run.step == 0:
+            run.look()
+            run.save()
+        while run.step < args.steps:
+            run.advance()
+            if run.step % args.eval_every == 0 or run.step == args.steps:
+                run.look()
+                run.save()
+            elif sigterm:
+                run.save()
+            if sigterm and run.step < args.steps:
+                sys.exit(stopped(args, run.step))
+        run.book.bar.close()
+        world.leave()
     if world.first:
         files = f"checkpoint.pt and metrics.jsonl in {args.out}"
-        print(f"trained in {book.seconds / 60:.1f} minutes; wrote {files}")
+        print(f"trained in {run.book.seconds / 60:.1f} minutes; wrote {files}")
 
 
-def look_at_held_out_text(model, held_out, step, args):
-    """{m: loss} at every budget; more text is read before the first step and after the last."""
-    count = 256 if step in (0, args.steps) else 32
-    with torch.compiler.set_stance("force_eager"):
-        return dict(zip(args.budgets, evaluate(model, held_out, count, args.budgets)))
-
-
-def save_run(args, model, optimizers, book, step, known):
-    """Write checkpoint.pt, from which the run can go on, and metrics.jsonl."""
-    own = "out", "resume", "init", "start", "encoding", "overwrite"  # of this call, not of the run
-    save(
-        args.out / "checkpoint.pt",
-        config=vars(model.config),
-        settings={name: value for name, value in vars(args).items() if name not in own},
-        encoding=args.encoding,
-        step=step,
-        seconds=book.seconds,
-        model=model.state_dict(),
-        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-        log=book.entries,
-        data=known,
-    )
-
-
-def summary(args, model, book, world):
-    """The last line of a finished run's log, a dict."""
-    cuda = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if cuda else world.device.type
-    dense = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # by the datasheets
-    peak = next((flops for chip, flops in dense.items() if chip in name), None)
-    cost, speed, tokens = flops_per_token(args), book.speed, args.steps * book.tokens_per_step
-    shares = ":".join(map(str, args.shares))
-    nested = ATTENTION[args.attention].nested
-    row_of_all_layers = GPT(model.config).bfloat16().new_cache(1, 1)
-    return {
-        "variant": f"{args.attention}, {args.objective} {shares}" if nested else args.attention,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens,
-        "flops": cost * tokens,
-        "cache_bytes": row_of_all_layers.nbytes,
-        "val_loss": book.entries[-1]["val_loss"],
-        "seconds": book.seconds,
-        "tokens_per_second": speed,
-        "mfu": speed * cost / peak / world.size if speed and peak else None,
-        "seed": args.seed,
-        "memory": torch.cuda.max_memory_allocated(world.device) if cuda else None,  # peak bytes
-        "device": f"{world.size} x {name}",
-        "torch": str(torch.__version__),
-    }
-
-
-def stop(args, step):
-    """End after a SIGTERM, with the exit status that this signal has."""
-    print(
-        f"stopped after step {step} and saved; to go on: --resume --out {args.out}", file=sys.stderr
-    )
-    sys.exit(128 + signal.SIGTERM)
+def stopped(args, step):
+    """Say how to go on after a SIGTERM. Returns the exit status that this signal has."""
+    again = f"--resume --out {args.out}"
+    print(f"stopped after step {step} and saved; to go on: {again}", file=sys.stderr)
+    return 128 + signal.SIGTERM
 
 
 def main():

@@ -10,18 +10,24 @@ import walkthrough
 HERE = Path(__file__).parent.parent
 HOUSE = {  # file: the most statements it may have, and what it may import of ours
     "matmla": (300, ""),
+    "tokenizer": (80, ""),
+    "muon": (40, ""),
+    "data": (190, "tokenizer"),
+    "devices": (100, "tokenizer"),
     "pretrained": (130, "matmla"),
+    "common": (155, "data devices matmla pretrained tokenizer"),
+    "train": (300, "common data devices matmla muon pretrained tokenizer"),
     "decode": (110, "matmla"),
+    "sample": (75, "common decode devices tokenizer"),
+    "report": (120, "common data devices tokenizer"),
+    "dial": (155, "common data devices matmla report tokenizer"),
+    "bench_cache": (175, "common data decode devices matmla tokenizer"),
+    "hub": (95, "tokenizer"),
+    "transmla": (240, "common data devices hub matmla pretrained tokenizer"),
+    "export": (115, "common matmla pretrained tokenizer"),
     "walkthrough": (110, "matmla"),
-    "data": (150, "pretrained"),
-    "common": (130, "matmla pretrained data"),
-    "train": (260, "common matmla data"),
-    "report": (120, "common data"),
-    "sample": (70, "common decode"),
-    "export": (105, "common matmla pretrained"),
-    "bench_cache": (170, "common matmla data train decode"),
-    "transmla": (240, "common matmla pretrained data"),
-    "exercises": (60, ""),
+    "exercises": (60, "common"),
+    "grade": (330, "common exercises matmla tokenizer"),
 }
 NODES = {name: [*ast.walk(ast.parse((HERE / f"{name}.py").read_text("utf-8")))] for name in HOUSE}
 
@@ -38,7 +44,7 @@ def statements(nodes):
 def test_every_file_has_at_most_as_many_statements_as_a_reader_can_bear():
     counts = {name: statements(nodes) for name, nodes in NODES.items()}
     assert not {name: counts[name] for name, (most, _) in HOUSE.items() if counts[name] > most}
-    assert sum(counts.values()) <= 2000
+    assert sum(counts.values()) - counts["grade"] <= 2400
     assert len((HERE / "matmla.py").read_text("utf-8").splitlines()) <= 540
 
 
@@ -49,7 +55,7 @@ def test_no_function_has_more_than_45_statements():
         assert not {
             name: size
             for name, size in sizes.items()
-            if size > 45 and name not in ("walk", "train", "settings")
+            if size > 45 and name != "walk"
         }, name
 
 
@@ -73,6 +79,6 @@ def test_the_readme_shows_what_the_walkthrough_prints_on_two_screens(capsys):
     )
     assert textwrap.dedent(shown) in printed
     text = "".join((HERE / f"{name}.md").read_text() for name in ("README", "RESULTS", "TEACHING"))
-    named = {*re.findall(r"[\w/]+\.py\b", text)} - {"my_matmla.py"}
+    named = {*re.findall(r"[\w/]+\.py\b", text)} - {"mine/matmla.py"}
     assert all((HERE / name).exists() for name in named)
     assert len(printed.splitlines()) <= 80 and max(map(len, printed.splitlines())) <= 100
