@@ -302,6 +302,7 @@ class Logbook:
         self.tokens_per_step = args.batch * args.context
         self.start = time.perf_counter() - seconds
         self.marks = []  # the time at every 10th step
+        self.news = None
         self.bar = tqdm(
             total=args.steps * self.tokens_per_step,
             initial=first * self.tokens_per_step,
@@ -335,8 +336,13 @@ class Logbook:
         self.entries.append({"step": step, "val_loss": losses})
         text = ", ".join(f"{loss:.3f} at {m} heads" for m, loss in losses.items())
         pace = f" ({self.speed:,.0f} tokens/s)" if self.speed else ""
-        line = f"step {step}: held-out loss {text}{pace}"
-        self.bar.write(line, nolock=True)  # Ctrl-C while it holds its lock is a traceback
+        self.news = f"step {step}: held-out loss {text}{pace}"
+
+    def tell(self):
+        """Print the newest losses. nolock: Ctrl-C while the bar holds its lock is a traceback."""
+        if self.news:
+            self.bar.write(self.news, nolock=True)
+        self.news = None
 
 
 def build(args, world):
@@ -370,7 +376,7 @@ def restore(args, optimizers, world):
             optimizer.load_state_dict(state)
             for p in optimizer.param_groups[0]["params"]:  # a lost momentum would go unnoticed
                 shapes = {x.shape for x in optimizer.state[p].values() if x.dim()}
-                if shapes != {p.shape}:
+                if start["step"] and shapes != {p.shape}:
                     raise ValueError(f"a weight of shape {[*p.shape]} has a momentum of {shapes}")
         seconds = float(start["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -461,6 +467,7 @@ class Run:
                 log=self.book.entries,
                 data=self.data,
             )
+            self.book.tell()  # now that it is safe: whoever listens may have gone
 
     def summary(self):
         """The last line of a finished run's log, a dict."""

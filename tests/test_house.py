@@ -52,11 +52,9 @@ def test_no_function_has_more_than_45_statements():
     for name, nodes in NODES.items():
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         sizes = {function.name: statements(ast.walk(function)) - 1 for function in functions}
-        assert not {
-            name: size
-            for name, size in sizes.items()
-            if size > 45 and name != "walk"
-        }, name
+        assert not {name: size for name, size in sizes.items() if size > 45 and name != "walk"}, (
+            name
+        )
 
 
 def test_imports_between_our_files_go_down_only():

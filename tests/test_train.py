@@ -379,6 +379,18 @@ def test_a_run_that_was_killed_between_its_two_files_is_whole_after_resume(finis
     assert finals[0]["final"]["seconds"] > json.loads(lines.splitlines()[-1])["final"]["seconds"]
 
 
+def test_a_run_that_was_stopped_before_its_first_step_can_go_on(finished, monkeypatch):
+    def stop(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(train.Run, "advance", stop)
+        run(*SMALL, "--out", "zero", "--steps", "1")
+    assert common.load_checkpoint("zero/checkpoint.pt")["step"] == 0
+    run("--resume", "--out", "zero")
+    assert log_of("zero")[-1]["step"] == 1
+
+
 def test_a_run_stays_alone_in_its_folder_and_is_not_overwritten(finished, capsys):
     before = Path("out/checkpoint.pt").read_bytes()
     refuses(["out has a run", "--overwrite"], capsys, run, *SMALL)
