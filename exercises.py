@@ -29,7 +29,7 @@ EXERCISES = {  # title: {function: hint}
     },
     "multi-head attention": {
         "MHA.write": "About 3 lines. A row goes head by head: the key of a head, then its value.",
-        "MHA.read": "About 5 lines. A row may hold more heads than m. `self.attend` does (7).",
+        "MHA.read": "About 5 lines. A row may hold more heads than m. GQA reads with this, too.",
     },
     "the cache": {
         "Cache.append": "About 7 lines. The memory is there. What is refused must change nothing."

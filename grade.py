@@ -88,11 +88,13 @@ OURS = definitions(ast.increment_lineno(ast.parse(REFERENCE), FAR))
 
 @dataclass
 class Finding:
-    """Something that a file of answers leaves: what it is, in words; its value; the function."""
+    """Something that a file of answers leaves, and what is wrong with it."""
 
-    what: str
+    what: str  # in words
     value: object
-    function: str = ""
+    function: str = ""  # whose it is; else that of the exercise's first function
+    step: int = 0  # the place in the order of what is looked at
+    problem: str | None = None
 
 
 class Operations(int):
@@ -111,10 +113,11 @@ def look(what, owner, function, given):
     parts = result if isinstance(result, tuple) else (result,)
     yield Finding(f"whether {what} can be trained", all(x.requires_grad for x in parts), name)
 
-    # Gradients for the numbers that were given, and for all weights.
-    leaves = {name: x for name, x in given.items() if is_float(x)}
+    # Gradients for all weights, and for the numbers that were given.
+    leaves = {}
     for module in (owner, *given.values()):
         leaves |= module.named_parameters() if isinstance(module, nn.Module) else {}
+    leaves |= {name: x for name, x in given.items() if is_float(x)}
     gradients = torch.autograd.grad(
         parts,
         [*leaves.values()],
@@ -172,7 +175,7 @@ def layer_looks(lab, attention, function, budgets, room=6, attend_with=None, **s
     """
     layer = make_layer(lab, attention, **sizes)
     for m, T in itertools.product(budgets, (4, 1, S)):
-        what = f"{function} of {attention}, {sizes or ''} m = {m}, for the last {T} of {S} tokens"
+        what = f"{function} of {attention}, m = {m}{sizes or ''}, for the last {T} of {S} tokens"
         given = {"x": vectors(B, T, 40)}
         if "read" in function:
             given["rows"] = vectors(B, S, layer.row_width(room))
@@ -194,15 +197,17 @@ def rope(lab):
 
 def softmax_attention(lab):
     one_hot = torch.eye(S).double()[None, :, None]  # these values show the softmax weights
-    for T, g, size in (4, 3, 1), (1, 1, 1), (S, 3, 1), (4, 1, 100):
-        q, k, positions = vectors(B, T, 6, 24) * size, vectors(B, S, g, 24), torch.arange(S - T, S)
+    for T, g in (4, 3), (1, 1), (S, 3), (4, 1):
+        q, k, positions = vectors(B, T, 6, 24), vectors(B, S, g, 24), torch.arange(S - T, S)
         p = lab.attend(q, k, one_hot.expand(B, S, g, S), positions, 0.3)
         what = f"of the last {T} of {S} tokens, where 6 heads have {g} keys"
-        yield Finding(f"the softmax weights {what}", [shape(p)])
+        yield Finding(f"shape of the result {what}", [shape(p)])
         seen = [row.nonzero().flatten().tolist() for row in p[0, :, 0]]
         yield Finding(f"first and last token seen {what}", [row[:1] + row[-1:] for row in seen])
         given = {"q": q, "k": k, "v": vectors(B, S, g, 7), "positions": positions, "scale": 0.3}
         yield from look(f"the result {what}", lab, "attend", given)
+    y = lab.attend(1000 * q, k, given["v"], positions, 0.3)
+    yield Finding("the result for scores of thousands", y)
 
 
 def first_heads(lab):
@@ -296,7 +301,7 @@ def mixed_objective(lab):
     tokens = vectors(6, S).argsort()
     given = {"model": model, "tokens": tokens, "targets": tokens.flip(0), "budgets": (4, 6, 1)}
     yield from look("mixed_loss", lab, "mixed_loss", given)
-    yield Finding("how often mixed_loss runs the model", len(runs))
+    yield Finding("how often mixed_loss runs the model", len(runs), "mixed_loss")
 
 
 def cache_arithmetic(lab):
@@ -317,7 +322,7 @@ def fewer_heads(lab):
     for m, changes in (6, {}), (4, {"d_cq": 0}), (1, {"tie": True}):
         model = make_model(lab, "matmla", **changes).float()
         small = lab.fixed_heads(model, m)
-        what = f"of the model of {m} of 6 heads {changes or ''}"
+        what = f"of the model of {m} of 6 heads{changes or ''}"
         yield Finding(f"the type {what}", type(small).__name__)
         yield Finding(f"the config {what}", vars(small.config) | {"budgets": None})
         yield Finding("the model that was given", vars(model.config) | model.state_dict())
@@ -739,15 +744,41 @@ def grade(number, answers, file):
     lines = {name: node.lineno for name, node in definitions(tree).items()}
     line = min(lines[name] for name in functions)
     try:
-        findings = LOOKS[number - 1](load(graft(tree, functions), file))
-        for step, (found, right) in enumerate(zip(findings, expected(number))):
-            line = lines[found.function] if found.function in functions else line
-            problem = difference(found.value, right.value)
-            if problem:
-                return f"{file}:{line}: {known_mistake(number, step, found)}{found.what}: {problem}"
+        wrong = first_wrong(number, load(graft(tree, functions), file))
     except Exception as error:
         return in_their_line(error, file, line)
-    return "done"
+    if not wrong:
+        return "done"
+    line = lines[wrong.function] if wrong.function in functions else line
+    for mistake in MISTAKES[number]:
+        known = mistaken(number, mistake)
+        if known and known.step == wrong.step and not difference(known.value, wrong.value):
+            return f"{file}:{line}: {mistake}. Seen in {wrong.what}: {wrong.problem}"
+    return f"{file}:{line}: {wrong.what}: {wrong.problem}"
+
+
+def first_wrong(number, lab):
+    """The first Finding that differs from that of REFERENCE, or None."""
+    findings = LOOKS[number - 1](lab)
+    for step, (found, right) in enumerate(zip(findings, expected(number))):
+        found.step, found.problem = step, difference(found.value, right.value)
+        if found.problem:
+            return found
+    return None
+
+
+@functools.cache
+def expected(number):
+    return [*LOOKS[number - 1](load(REFERENCE))]
+
+
+@functools.cache
+def mistaken(number, mistake):
+    """The first wrong Finding of REFERENCE with this mistake in it; None if an error comes."""
+    try:
+        return first_wrong(number, load(REFERENCE.replace(*MISTAKES[number][mistake])))
+    except Exception:
+        return None
 
 
 def load(source, file="matmla.py"):
@@ -771,39 +802,12 @@ def graft(tree, names):
     return tree
 
 
-@functools.cache
-def expected(number, mistake=None):
-    """The findings of REFERENCE, or those of REFERENCE with a mistake in it, up to an error."""
-    source = REFERENCE.replace(*MISTAKES[number][mistake]) if mistake else REFERENCE
-    findings = []
-    try:
-        for finding in LOOKS[number - 1](load(source)):
-            findings.append(finding)
-    except Exception:
-        if not mistake:
-            raise
-    return findings
-
-
-def known_mistake(number, step, found):
-    """The mistake with which REFERENCE leaves this in this step, in words; or nothing."""
-    for mistake in MISTAKES[number]:
-        theirs = expected(number, mistake)[step : step + 1]
-        if (
-            theirs
-            and type(found.value) is not bool
-            and not difference(found.value, theirs[0].value)
-        ):
-            return f"{mistake}. Seen in "
-    return ""
-
-
 def difference(found, right):
     """What is wrong with `found`, in words, or None."""
     if found is None and right is not None:
         return "nothing was returned; is a `return` missing?"
     if isinstance(found, tuple) and isinstance(right, tuple):
-        found, right = (dict(enumerate(x, 1)) for x in (found, right))
+        found, right = ({f"value {i}": y for i, y in enumerate(x, 1)} for x in (found, right))
     if type(found) is not type(right) or shape(found) != shape(right):
         return f"{in_words(found)}, but {in_words(right)} is right"
     if isinstance(right, dict):
