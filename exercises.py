@@ -151,7 +151,7 @@ def write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "x", encoding="utf-8") as file:  # what is there stays
         file.write(blank(MATMLA.read_text("utf-8")))
-    print(f"{len(EXERCISES)} exercises are in {path}. To grade: python grade.py {path}")
+    print(f"{len(EXERCISES)} exercises are in {path}. To grade: python grade.py {path}", flush=True)
 
 
 def main():
