@@ -119,7 +119,8 @@ Matrices are written [row; row]. RoPE turns token t by t right angles: R(1) (a, 
 def walk():
     x = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [2, 0, 1, 0]]).double()  # [token, d]
     angles = torch.arange(3) * math.pi / 2
-    mla, written = by_hand("mla"), leave_rows(x, angles)
+    written = leave_rows(x, angles)
+    mla = by_hand("mla")
     W_UQ, W_UK, W_UV = (W.weight.view(4, 2, -1) for W in (mla.W_UQ, mla.W_UK, mla.W_UV))
     c, k_R = written["MLA"].split(2, 1)
 
@@ -211,10 +212,9 @@ c = norm(W_DKV x), W_DKV = {text(mla.W_DKV.weight)}.
     )
     rows = []
     y = torch.stack([decode_step(mla, *token, rows) for token in zip(x, angles)])
-    c, k_R = torch.stack(rows).split(2, 1)
-    table({"x": x, "c": c, "k_R": k_R, "y": y})
     assert same(torch.stack(rows), written["MLA"])
     assert same(y, mla.read(*given, 4)[0]) and same(y, mla.read_absorbed(*given, 4)[0])
+    table({"x": x, "c": c, "k_R": k_R, "y": y})
 
 
 def main():
