@@ -341,7 +341,7 @@ def budget_per_token(lab):
         yield from layer_looks(lab, attention, function, (6,), attend_with=lab.attend_per_token)
 
 
-LOOKS = [
+LOOKS = [  # in the order of EXERCISES
     rope,
     softmax_attention,
     first_heads,

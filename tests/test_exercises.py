@@ -16,6 +16,7 @@ from grade import MISTAKES, REFERENCE, SIZES, absorb_below, attend_per_token, fi
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 BLANK = exercises.blank(exercises.MATMLA.read_text("utf-8"))
+RIGHT = exercises.definitions(ast.parse(REFERENCE))
 NAMED = [(number, mistake) for number, known in MISTAKES.items() for mistake in known]
 
 ALL_QUERIES = (
@@ -296,10 +297,9 @@ def edited(*edits):
 
 @pytest.mark.parametrize("number, title", [*enumerate(exercises.EXERCISES, 1)])
 def test_each_answer_of_the_reference_put_back_into_the_blank_passes_alone(number, title):
-    right, blank = (exercises.definitions(ast.parse(text)) for text in (REFERENCE, BLANK))
     answers = {}
     for name, hint in exercises.EXERCISES[title].items():
-        body = right[name].body[1:] if ast.get_docstring(right[name]) else right[name].body
+        body = RIGHT[name].body[1:] if ast.get_docstring(RIGHT[name]) else RIGHT[name].body
         first, last = body[0].lineno - 1, body[-1].end_lineno
         indent = body[0].col_offset - 4
         answers[name] = "\n".join(line[indent:] for line in REFERENCE.splitlines()[first:last])
@@ -308,7 +308,6 @@ def test_each_answer_of_the_reference_put_back_into_the_blank_passes_alone(numbe
         assert abs(said - len(code)) <= 1 + len(code) / 4, (name, len(code))
     assert grade.grade(number, put_back(BLANK, answers), "mine.py") == "done"
     assert re.fullmatch(r"mine.py:\d+: still to be written", grade.grade(number, BLANK, "mine.py"))
-    assert blank.keys() == right.keys()
 
 
 def test_right_answers_in_other_words_pass_together():
@@ -323,9 +322,9 @@ def test_a_known_mistake_is_called_by_its_name_at_the_function_that_has_it(numbe
     said = grade.grade(number, answers, "mine.py")
     line, name = re.match(r"mine.py:(\d+): (.*)\. Seen in [^\n]+$", said).groups()
     assert name == mistake and len(said) < 400
-    functions, right = (exercises.definitions(ast.parse(x)) for x in (answers, REFERENCE))
+    functions = exercises.definitions(ast.parse(answers))
     (where,) = [name for name, node in functions.items() if node.lineno == int(line)]
-    assert ast.unparse(functions[where]) != ast.unparse(right[where])
+    assert ast.unparse(functions[where]) != ast.unparse(RIGHT[where])
 
 
 def test_the_likeliest_exercises_know_at_least_ten_mistakes():
@@ -394,6 +393,7 @@ def test_the_blank_tells_no_answer_and_keeps_everything_else():
         "W_UK.weight",
     ]
     assert not [answer for answer in told if answer in BLANK]
+    assert exercises.definitions(ast.parse(BLANK)).keys() == RIGHT.keys()
     lab = grade.load(BLANK)
     assert lab.GPT(lab.Config()).blocks[0].attention.absorb_below == 0
     stubs = exercises.mixed_loss, exercises.attend_per_token
