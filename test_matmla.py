@@ -22,7 +22,7 @@ LATENT = ["mla", "matmla"]
 TIGHT = 1e-10  # float64: rounding only
 LOOSE = 1e-5  # float32
 
-# All sizes differ, so that a swapped axis cannot go unseen.
+# All sizes differ, so that a swapped axis cannot go unseen; nothing is a default.
 SIZES = dict(
     vocab_size=37,
     context=16,
@@ -35,6 +35,8 @@ SIZES = dict(
     d_cq=22,
     d_R=8,
     d_ff=36,
+    rope_base=500.0,
+    norm_eps=1e-3,
 )
 B, T = 2, 11
 
@@ -119,7 +121,7 @@ def oracle_rope(v, t, base):
 
 
 def oracle_rmsnorm(v, norm):
-    return v / math.sqrt((v @ v).item() / len(v) + norm.eps) * norm.weight
+    return v / math.sqrt((v @ v).item() / len(v) + SIZES["norm_eps"]) * norm.weight
 
 
 def part(W, i, width):
@@ -353,7 +355,7 @@ def test_cache_holds_the_normed_latent_and_the_rotated_key(attention):
         assert error(c_KV, oracle_rmsnorm(a.W_DKV.weight @ x, a.norm_KV)) < TIGHT, (
             "c_KV is cached after its norm"
         )
-        assert error(k_R, oracle_rope(a.W_KR.weight @ x, t, 10000.0)) < TIGHT, (
+        assert error(k_R, oracle_rope(a.W_KR.weight @ x, t, 500.0)) < TIGHT, (
             "k_R is cached after RoPE"
         )
 
