@@ -45,7 +45,7 @@ def obstacles(c):
 
 
 def gguf_settings(reader):
-    """The settings of the model in a .gguf file, by their names without the architecture's."""
+    """What a .gguf file says of the model: llama.block_count, say, under the name block_count."""
     family = reader.fields["general.architecture"].contents() + "."
     return {
         key.removeprefix(family): field.contents()
@@ -55,7 +55,7 @@ def gguf_settings(reader):
 
 
 def gguf_obstacles(c, reader):
-    """By name, what a .gguf file says of the model, and transformers leaves in it silently."""
+    """By name, what a .gguf file says of the model, and transformers silently leaves in it."""
     family = reader.fields["general.architecture"].contents()
     read = transformers.integrations.GGUF_CONFIG_MAPPING[family]
     d_h = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -82,10 +82,10 @@ def gguf_obstacles(c, reader):
 
 
 def scale_rope(theirs, reader):
-    """Let transformers' model have the frequencies of RoPE that a .gguf file asks for.
+    """Give transformers' model the frequencies of RoPE that a .gguf file asks for.
 
-    As llama.cpp, which divides all by `rope.scaling.factor`, unless the type of scaling is none,
-    and each by its own number in rope_freqs.weight, which Llama 3 has.
+    llama.cpp divides all of them by rope.scaling.factor, unless the type of scaling is "none", and
+    each by its own number in rope_freqs.weight, which Llama 3 has. transformers reads neither.
     """
     settings = gguf_settings(reader)
     frequencies = theirs.model.rotary_emb.inv_freq
@@ -98,7 +98,7 @@ def scale_rope(theirs, reader):
 
 @contextmanager
 def reading(what):
-    """Whatever a library says is wrong with the files of others is a UserError."""
+    """Inside, whatever a library says is wrong with the files of others becomes a UserError."""
     try:
         yield
     except Exception as error:
@@ -123,9 +123,9 @@ def read_pretrained(name):
             reader = gguf.GGUFReader(path)
             where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         c = transformers.AutoConfig.from_pretrained(**where)
-        found = obstacles(c)
-        if reader and not found:
-            found = gguf_obstacles(c, reader)
+    found = obstacles(c)
+    if reader and not found:
+        found = gguf_obstacles(c, reader)
     if not found:
         with reading(f"tokenizer of {name}"):
             encoding = read_tokenizer(name, where, c)
