@@ -201,7 +201,7 @@ def softmax_attention(lab):
         q, k, positions = vectors(B, T, 6, 24), vectors(B, S, g, 24), torch.arange(S - T, S)
         p = lab.attend(q, k, one_hot.expand(B, S, g, S), positions, 0.3)
         what = f"of the last {T} of {S} tokens, where 6 heads have {g} keys"
-        yield Finding(f"shape of the result {what}", [shape(p)])
+        yield Finding(f"shape of the result {what}", None if p is None else shape(p))
         seen = [row.nonzero().flatten().tolist() for row in p[0, :, 0]]
         yield Finding(f"first and last token seen {what}", [row[:1] + row[-1:] for row in seen])
         given = {"q": q, "k": k, "v": vectors(B, S, g, 7), "positions": positions, "scale": 0.3}
@@ -806,10 +806,10 @@ def difference(found, right):
     """What is wrong with `found`, in words, or None."""
     if found is None and right is not None:
         return "nothing was returned; is a `return` missing?"
-    if isinstance(found, tuple) and isinstance(right, tuple):
-        found, right = ({f"value {i}": y for i, y in enumerate(x, 1)} for x in (found, right))
     if type(found) is not type(right) or shape(found) != shape(right):
         return f"{in_words(found)}, but {in_words(right)} is right"
+    if isinstance(right, tuple):
+        found, right = ({f"value {i}": y for i, y in enumerate(x, 1)} for x in (found, right))
     if isinstance(right, dict):
         problems = {name: difference(found[name], right[name]) for name in right}
         return next((f"{name}: {problem}" for name, problem in problems.items() if problem), None)
@@ -842,15 +842,14 @@ def tensor_difference(found, right, dtype):
 
 def shape(x):
     """What two values must share to be compared number by number."""
-    if isinstance(x, dict):
-        return [*x]
+    if isinstance(x, (dict, tuple)):
+        return [*x] if isinstance(x, dict) else [len(x)]
     return [*x.shape, x.dtype] if isinstance(x, Tensor) else []
 
 
 def in_words(x):
     """A value in a few words."""
-    words = f"of {len(x)}" if isinstance(x, tuple) else str(shape(x) or x)
-    return f"{type(x).__name__} {words}"[:90]
+    return " ".join(f"{type(x).__name__} {shape(x) or x}".split())[:90]
 
 
 def in_their_line(error, file, line=1):

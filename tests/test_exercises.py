@@ -148,6 +148,7 @@ WRONG = [
         "budgets = heads if type(heads) is tuple else (heads if heads is not None else self.n_h,)",
     ),
     (11, "nothing was returned", "return model(tokens", "model(tokens"),
+    (11, r"list \[tensor", "return torch.cat(parts)", "return parts"),
     (11, "RuntimeError", "self.room(cache) if cache else max(budgets)", "max(budgets)"),
     (
         12,
