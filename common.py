@@ -88,7 +88,10 @@ class Parser(argparse.ArgumentParser):
         A full disk and the like (OSError) and too little memory are the user's to mend, too.
         """
         try:
-            return function(*arguments)
+            result = function(*arguments)
+            if sys.stdout:
+                sys.stdout.flush()
+            return result
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit(1)
