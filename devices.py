@@ -1,6 +1,6 @@
 """Which device, how precise, several processes, the compiler, CUDA graphs of training passes.
 
-A reader of train.py may skip this file: it changes how fast a run is, and not what it computes.
+A reader of train.py may skip this file. It changes how fast a run is and, on a GPU, the rounding.
 """
 
 import os
@@ -54,7 +54,7 @@ class World:
             torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
 
     def wait(self):
-        """Until all are here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -86,7 +86,7 @@ def compile_parts(model):
     from torch._dynamo import config  # slow to import, needed only here
     from torch._inductor.config import triton
 
-    config.recompile_limit = config.accumulated_recompile_limit = 1000  # else a 9th kind is eager
+    config.recompile_limit = config.accumulated_recompile_limit = 1000  # else torch stops at 8
     if hasattr(triton, "mix_order_reduction"):  # from torch 2.10 on, a fusion that can make
         triton.mix_order_reduction = False  # gradients wrong: pytorch issue 193061
     for block in model.blocks:
@@ -101,7 +101,7 @@ def can_compile(device):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever is missing, training goes without
-        reason = str(error).strip().splitlines()[0][:100]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         print(f"training without torch.compile, which does not work here: {reason}", flush=True)
         return False
 

@@ -2,16 +2,16 @@
 MatMLA in one file: MHA, nested MHA, GQA, nested GQA, MLA and MatMLA, one under the other, to be
 read next to the papers. First read sections 2.1.1 to 2.1.3 of [2], then section 3 of [1].
 
-  [1] Matryoshka Multi-Head Latent Attention (MatMLA). openreview.net/forum?id=TuHltnpNUo
-  [2] DeepSeek-V2, 2024. arXiv:2405.04434. Its appendix C numbers the equations: (1)-(8) are MHA, to
-      which we add RoPE; (37)-(47) are MLA, to which we add its norms. [1](4) is an equation of [1].
+  [1] MatMLA: Matryoshka Multi-Head Latent Attention. openreview.net/forum?id=TuHltnpNUo
+  [2] DeepSeek-V2, 2024. arXiv:2405.04434. Its section 2.1.1 has (1)-(8), MHA, to which we add RoPE;
+      appendix C has (37)-(47), MLA, to which we add its norms. [1](4) is an equation of [1].
   [3] RoFormer (RoPE), 2021. arXiv:2104.09864    [4] GQA, 2023. arXiv:2305.13245
 
   size    [1]        [2]     transformers          meaning
   d       d          d       hidden_size           width of the model
   n_h     h          n_h     num_attention_heads   heads
   d_h     d_h - r    d_h     qk_nope_head_dim      width of a head's query and key without position
-  d_h     d_h        d_h     v_head_dim            width of a head's value ([1] has r more of it)
+  d_h     d_h        d_h     v_head_dim            width of a head's value; in [1] it is r wider
   d_R     r          d_h^R   qk_rope_head_dim      width of the part of query and key with position
   d_c     c          d_c     kv_lora_rank          width of the latent of keys and values
   d_cq    c_q        d_c'    q_lora_rank           width of the latent of queries
@@ -54,7 +54,7 @@ class Config:
     n_layer: int = 5
     d: int = 144  # width of the model
     n_h: int = 12  # heads
-    n_kv: int = 2  # keys and values of GQA
+    n_kv: int = 2  # groups of GQA, each with a key and a value
     d_h: int = 20  # width of a head, and of its value
     d_c: int = 64  # width of the latent of keys and values
     d_cq: int = 88  # width of the latent of queries; 0: queries come straight from x
@@ -104,14 +104,14 @@ def attend(q, k, v, positions, scale):
     T, S, w_v = q.shape[1], k.shape[1], v.shape[-1]
     visible = torch.arange(S, device=q.device) <= positions[:, None]  # [T,S]
 
-    # In words of one formula, for new tokens of which all heads read one key: absorbed MLA.
+    # Absorbed MLA: new tokens, and all heads read one key. The formula as it stands:
     if k.shape[2] == 1 and T < S:
         scores = torch.einsum("bthw,bsw->bhts", q, k[:, :, 0]) * scale
         p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bsw->bthw", p, v[:, :, 0])
 
-    # The same in one kernel, which never stores p [B,h,T,S]: a long prompt would fill the memory.
-    # A CPU's fast one wants v as wide as k. Where T = S, is_causal stands for the mask.
+    # The same in one kernel, which never stores p [B,h,T,S]; for a long prompt it would be huge.
+    # On a CPU the fast kernel needs v as wide as k. is_causal is the mask for T = S.
     if q.device.type not in ("cuda", "meta"):
         v = F.pad(v, (0, q.shape[-1] - w_v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -144,7 +144,7 @@ class Attention(nn.Module):
     """
 
     nested = False  # True: the first m heads work by themselves
-    absorb_below = 0  # as many new tokens T, or more, are not read absorbed: see MLA
+    absorb_below = 0  # fewer new tokens than this are read absorbed, after a cache: see MLA
     attend = staticmethod(attend)  # a layer may be given another way to compute it
 
     def __init__(self, c):
@@ -155,15 +155,15 @@ class Attention(nn.Module):
     def forward(self, x, heads=None, cache=None):
         """x [B, T, d] -> [B, T, d]. heads: how many work, all if None; a tuple has a number for
         each equal part of the batch. cache: this layer's; the T tokens are appended and see it all.
-        ValueError for heads that cannot be, unequal parts, or a cache that is too small.
+        ValueError for heads that layer or cache do not allow, and for tokens that do not fit.
         """
-        budgets = self.budgets(heads, len(x), cache)
+        budgets = self.checked_heads(heads, len(x), cache)
         positions = (cache.length if cache else 0) + torch.arange(x.shape[1], device=x.device)
         rows = self.write(x, positions, self.room(cache) if cache else max(budgets))
         rows = cache.append(rows) if cache else rows
         read = self.read_absorbed if cache and x.shape[1] < self.absorb_below else self.read
 
-        # Neighbouring parts of one budget are read together: (12, 12, 4) is two thirds, then one.
+        # Neighbours with one number are read together: (12, 12, 4) in two thirds and one third.
         parts, first = [], 0
         for m, equal in itertools.groupby(budgets):
             last = first + len(list(equal)) * (len(x) // len(budgets))
@@ -171,7 +171,7 @@ class Attention(nn.Module):
             first = last
         return torch.cat(parts)
 
-    def budgets(self, heads, batch, cache=None):
+    def checked_heads(self, heads, batch, cache=None):
         """`heads` as a tuple of numbers. ValueError if layer, batch or cache do not allow them."""
         budgets = heads if isinstance(heads, tuple) else (self.n_h if heads is None else heads,)
         if not budgets or batch % len(budgets):
@@ -184,8 +184,8 @@ class Attention(nn.Module):
 
     def room(self, cache=None):
         """How many heads can read a row: all, unless the rows of the cache were made for fewer."""
-        all_heads = self.row_width(self.n_h)
-        return self.n_h * (cache.rows.shape[-1] if cache else all_heads) // all_heads
+        full_width = self.row_width(self.n_h)
+        return self.n_h * (cache.rows.shape[-1] if cache else full_width) // full_width
 
 
 class MHA(Attention):
@@ -253,7 +253,7 @@ class ModelCache(list):
 
 
 class NestedMHA(MHA):
-    """Nested MHA, the cautionary tale: MHA written *and* read by its first m heads.
+    """Nested MHA, the cautionary tale: MHA read by its first m heads, which need their own parts.
 
     A token written with 4 heads left nothing for a later token's heads 5 to 12. Two bad ways out:
       full    (default)  always compute and store all heads: small budgets save no cache
@@ -382,9 +382,9 @@ class MLA(Latent):
 
 
 class MatMLA(MLA):
-    """Matryoshka MLA [1]: MLA read by its first m heads. That is all: `write` makes no use of m.
+    """Matryoshka MLA [1]: MLA read by its first m heads. The rest is training: see train.py.
 
-    So one set of weights has one cache of one shape, and m may change at any token, both ways.
+    `write` makes no use of m, so there is one cache of one shape, and m may change at any token.
     A budget cuts rows of W_UQ, W_QR, W_UK and W_UV, and columns of W_O. [1](4) (5)
     """
 
@@ -416,7 +416,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A Llama-style language model around one of the attentions. GPT(config)."""
 
-    residual_dtype = None  # of what the blocks add to; None: that of the weights
+    residual_dtype = None  # dtype of the residual stream; None: that of the weights
 
     def __init__(self, config: Config):
         super().__init__()
@@ -437,8 +437,8 @@ class GPT(nn.Module):
         """tokens [B, T] -> logits [B, T, vocab_size], and the mean loss in nats for targets [B,T].
 
         heads: as in Attention.forward, or a list with one of these for each layer. The tokens are
-        appended to the ModelCache, if given. ValueError for heads that cannot be, tokens that are
-        not in the vocabulary or do not fit; the cache then stays as it was.
+        appended to the ModelCache, if given. ValueError for heads that are not allowed, for tokens
+        that do not fit or, on a CPU, are not in the vocabulary; the cache then stays as it was.
         """
         logits = self.unembed(self.hidden(tokens, heads, cache))
         return logits, None if targets is None else self.loss(logits, targets)
@@ -463,13 +463,13 @@ class GPT(nn.Module):
         return F.cross_entropy(exact.flatten(0, 1), targets.flatten())
 
     def layer_heads(self, heads: Heads, batch: int, cache=None) -> list:
-        """`heads` as a list of tuples, one for each layer. ValueError if that cannot be."""
+        """`heads` as a list of tuples, one for each layer. ValueError if they are not allowed."""
         n = len(self.blocks)
         heads = heads if isinstance(heads, list) else [heads] * n
         if len(heads) != n:
             raise ValueError(f"heads for {len(heads)} layers, but the model has {n}")
         return [
-            block.attention.budgets(m, batch, layer)
+            block.attention.checked_heads(m, batch, layer)
             for block, m, layer in zip(self.blocks, heads, cache or [None] * n)
         ]
 
@@ -494,12 +494,12 @@ class GPT(nn.Module):
     def stream(self, tokens: Tensor, n: int, heads: Heads = None, schedule=None, **sampling):
         """Yield n new tokens, each [B], after tokens [B, T], as `sample` draws them (**sampling).
 
-        heads: as in forward. schedule: a list with one `heads` for every new token, in their place;
-        the prompt is read with the first. Of a long prompt the last `context` tokens are read. When
-        the context is full, its older half is forgotten. ValueError for what cannot be.
+        heads: as in forward. schedule: instead, a list with the heads of every new token; the
+        prompt is read with the first. Of a long prompt the last `context` tokens are read. When the
+        context is full, its older half is forgotten. ValueError for heads that are not allowed.
         """
         if schedule is not None and (heads is not None or len(schedule) != n):
-            raise ValueError(f"a schedule of {len(schedule)} for {n} tokens, with heads {heads}")
+            raise ValueError(f"a schedule of {len(schedule)}, not {n}, or with heads {heads}, too")
         for entry, _ in itertools.groupby([heads] if schedule is None else schedule):
             self.layer_heads(entry, len(tokens))
         if tokens.shape[1] == 0:
@@ -533,8 +533,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
     logits, tokens = logits.float().sort(descending=True, stable=True)
     logits = (logits - logits[:, :1]) / max(temperature, 1e-30)
     p = logits[:, :top_k].softmax(-1)
-    p = p * (p.cumsum(-1) - p < top_p)  # what more likely tokens have is less than top_p
+    p = p * (p.cumsum(-1) - p < top_p)  # till the more likely ones have top_p
     i = torch.multinomial(p, 1, generator=generator)
 
-    last = (p > 0).sum(-1, keepdim=True) - 1  # what stays are the first: nothing leads beyond them
+    last = (p > 0).sum(-1, keepdim=True) - 1  # those that stay are the first; take no other
     return tokens.gather(-1, i.minimum(last))

@@ -19,7 +19,7 @@ class Muon(torch.optim.Muon):
     def directions(self):
         """[(matrices, the direction of each, [n, rows, columns]), ...], a pair for every shape.
 
-        Takes the gradients into the momenta.
+        Also updates the momenta with the gradients.
         """
         group = self.param_groups[0]
         pairs = []
@@ -40,7 +40,9 @@ class Muon(torch.optim.Muon):
         """One step, with weight decay. Every parameter must have a gradient."""
         group = self.param_groups[0]
         for matrices, direction in self.directions():
-            size = 0.2 * max(matrices[0].shape) ** 0.5  # about the root mean square of AdamW's
+            size = (
+                0.2 * max(matrices[0].shape) ** 0.5
+            )  # as in an AdamW step, whose root mean square is about 0.2
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, list(direction), alpha=-group["lr"] * size)
 

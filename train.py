@@ -9,8 +9,8 @@ Train a language model whose attention works with several numbers of heads, its 
     python train.py --resume --out out/paper                   go on as if it had not stopped
     python train.py --init out/paper/checkpoint.pt ...         a new run from these weights
 
-One pass per step trains all budgets: parts of the batch get one each. --out gets checkpoint.pt and
-metrics.jsonl.
+By default every sequence is read once, with one of the budgets, in proportion to their heads.
+--out gets checkpoint.pt and metrics.jsonl.
 """
 
 import argparse
@@ -94,7 +94,12 @@ def make_parser():
     add("--lr", default=0.005, type=float, help="peak rate of Muon: matrices inside the blocks")
     add("--lr-adamw", default=0.003, type=float, help="peak rate of AdamW: embeddings and norms")
     add("--warmup", default=20, type=positive, help="steps to the peak rate")
-    add("--eval-every", default=100, type=positive, help="steps between looks at held-out text")
+    add(
+        "--eval-every",
+        default=100,
+        type=positive,
+        help="steps between evaluations on held-out text",
+    )
     add("--seed", default=0, type=natural, help="of the weights and of the order of the data")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda")
@@ -163,7 +168,7 @@ def complete(args):
     if args.resume and start["step"] > args.steps:
         raise UserError(f"{args.out} has {start['step']} steps, more than --steps {args.steps}")
 
-    if start and args.tokenizer is None or args.resume:
+    if args.resume or (start and args.tokenizer is None):
         args.encoding = start["encoding"]
     else:
         default = "bytes" if args.data == "stdlib" else "gpt2"
@@ -188,33 +193,34 @@ def complete(args):
 
 
 def micro_batches(args, step, rank=0, world=1):
-    """Yield (rows, heads, weight) of every pass of a step.
+    """Yield (sequences, heads, weight) of every pass of a step.
 
-    rows: which sequences of the batch; heads: who reads them; weight: how their loss counts. A
+    sequences: their places in the batch; heads: who reads them; weight: how their loss counts. A
     process takes every world-th sequence, divided evenly into passes of at most --micro-batch.
-      mixed   all sequences of the run take budgets in turn, by their shares; a batch is sorted
+      mixed   the sequences of the run take the budgets in turn, by their shares; within a batch
+              the largest budgets come first
       sum     every budget has its own pass, and its share of the loss
       sample  all steps take budgets in turn, by their shares
       layers  as in the paper: every layer draws a budget, by the shares, for the whole batch
-    Neither processes nor passes change what a sequence is read with.
+    A sequence's budget does not depend on the number of processes or passes.
     """
     turns = np.repeat(args.budgets, args.shares)
     mine = np.arange(rank, args.batch, world)
-    dealt = np.sort(turns[(step * args.batch + np.arange(args.batch)) % len(turns)])[::-1]
+    mixed = np.sort(turns[(step * args.batch + np.arange(args.batch)) % len(turns)])[::-1]
     drawn = np.random.default_rng((args.seed, step, 1)).choice(turns, args.n_layer)
     count = math.ceil(len(mine) / args.micro_batch)
     for i in range(count):
-        rows = mine[i::count]
-        weight = len(rows) / len(mine)
+        sequences = mine[i::count]
+        weight = len(sequences) / len(mine)
         if args.objective == "mixed":
-            yield rows, tuple(dealt[rows].tolist()), weight
+            yield sequences, tuple(mixed[sequences].tolist()), weight
         elif args.objective == "sample":
-            yield rows, int(turns[step % len(turns)]), weight
+            yield sequences, int(turns[step % len(turns)]), weight
         elif args.objective == "layers":
-            yield rows, drawn.tolist(), weight
+            yield sequences, drawn.tolist(), weight
         else:
             for m, share in zip(args.budgets, args.shares):
-                yield rows, m, weight * share / len(turns)
+                yield sequences, m, weight * share / len(turns)
 
 
 def flops_per_token(args):
@@ -287,14 +293,15 @@ def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
 
 # ---------------------------------------------------------------- the run
 
-LOWER = "nothing was saved since the last look. Try a lower --lr"
+LOWER = "nothing was saved since the last evaluation. Try a lower --lr"
 OF_THIS_CALL = "out", "resume", "init", "start", "encoding", "overwrite"  # not of the run
 
 
 class Logbook:
     """What a run tells: its log, which becomes metrics.jsonl, and a progress bar.
 
-    entries: the log so far; seconds: the time spent before; first: the next step.
+    entries: the log so far; seconds: the time spent before; first: the step that this call starts
+    with; shown: whether there is a bar.
     """
 
     def __init__(self, args, entries, seconds, first, shown):
@@ -318,7 +325,7 @@ class Logbook:
 
     @property
     def speed(self):
-        """Tokens per second, or None: by the median of ten steps, which looks do not disturb."""
+        """Tokens per second, by the median time of ten steps: evaluations hardly count. Or None."""
         if len(self.marks) < 2:
             return None
         return 10 * self.tokens_per_step / float(np.median(np.diff(self.marks)))
@@ -339,7 +346,7 @@ class Logbook:
         self.news = f"step {step}: held-out loss {text}{pace}"
 
     def tell(self):
-        """Print the newest losses. nolock: Ctrl-C while the bar holds its lock is a traceback."""
+        """Print the newest losses. nolock: with the lock, Ctrl-C might end in a traceback."""
         if self.news:
             self.bar.write(self.news, nolock=True)
         self.news = None
@@ -381,7 +388,7 @@ def restore(args, optimizers, world):
         seconds = float(start["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{args.out} cannot resume, by its optimizers and seconds: {error}"
+            f"{args.out} cannot be resumed: its optimizers or seconds are damaged: {error}"
         ) from error
     if world.first:
         write_log(args.out, start["log"])  # a run may have been killed between its two files
@@ -406,7 +413,7 @@ def load_data(args, world):
 
 
 class Run:
-    """A run between two steps. `advance` takes a step, `look` measures, `save` writes."""
+    """A run between two steps. `advance` takes a step, `measure` evaluates, `save` writes."""
 
     def __init__(self, args, world):
         self.args, self.world = args, world
@@ -439,7 +446,7 @@ class Run:
             self.book.batch(self.step, loss.item())
         self.step += 1
 
-    def look(self):
+    def measure(self):
         """Measure the loss on held-out text: on more of it before the first step and at the end."""
         if self.world.first:
             count = 256 if self.step in (0, self.args.steps) else 32
@@ -467,7 +474,7 @@ class Run:
                 log=self.book.entries,
                 data=self.data,
             )
-            self.book.tell()  # now that it is safe: whoever listens may have gone
+            self.book.tell()  # after saving, for it fails if the reader of a pipe has gone
 
     def summary(self):
         """The last line of a finished run's log, a dict."""
@@ -513,12 +520,12 @@ def train(args):
         if world.first:
             print(run, flush=True)
         if run.step == 0:
-            run.look()
+            run.measure()
             run.save()
         while run.step < args.steps:
             run.advance()
             if run.step % args.eval_every == 0 or run.step == args.steps:
-                run.look()
+                run.measure()
                 run.save()
             elif sigterm:
                 run.save()

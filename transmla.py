@@ -19,8 +19,8 @@ W_UV picks the value. For head h of group g = h // (n_h / n_kv):
     q_R = (0, ..., q_h, ..., 0)        q_R · k_R = q_h · k_g
     W_UV = (0, ..., 1, ..., 0)         W_UV c_KV = v_g
 
-W_UK is zero, so q_C · k_C = q_hᵀ W_UK c_KV says nothing yet (W_UQ is not, or no gradient would ever
-reach either). There, and in the zeros of W_QR and W_UV, training finds what GQA cannot say.
+W_UK is zero, so q_C · k_C is 0 at first. W_UQ is not zero, so that gradients reach W_UK. In W_UK,
+and in the zeros of W_QR and W_UV, training finds what GQA cannot say.
 """
 
 import math
@@ -160,7 +160,7 @@ def build(c, weights, dtype=torch.float32, device="cpu"):
 
 
 def check(theirs, gqa, old, mla, new, tokens):
-    """Print how far the logits of tokens [B, T] are apart. UserError if that is not rounding."""
+    """Print how far the logits of tokens [B, T] are apart. UserError if that is more than rounding."""
     right = {torch.float32: theirs(tokens).logits}
     right[torch.float64], _ = build(gqa, old, torch.float64)(tokens)
     size = right[torch.float32].abs().max().clamp(min=1).item()

@@ -138,13 +138,13 @@ WRONG = [
     (
         11,
         "RuntimeError: Number of heads in key and value",
-        "budgets = self.budgets(heads, len(x), cache)",
-        "budgets = self.budgets(heads, len(x))",
+        "budgets = self.checked_heads(heads, len(x), cache)",
+        "budgets = self.checked_heads(heads, len(x))",
     ),
     (
         11,
         "refuses heads 0 for 6 sequences",
-        "budgets = self.budgets(heads, len(x), cache)",
+        "budgets = self.checked_heads(heads, len(x), cache)",
         "budgets = heads if type(heads) is tuple else (heads if heads is not None else self.n_h,)",
     ),
     (11, "nothing was returned", "return model(tokens", "model(tokens"),
@@ -210,7 +210,7 @@ TOGETHER = [
         "return self.read_absorbed(x, rows, positions, m)\n        rows.split(",
     ),
     ("self.W_UK.weight.unfl", "self.W_UK.weight.data.unfl"),
-    ("budgets = self.budgets(heads, len(x), cache)", "budgets = self.budgets(heads, len(x))"),
+    ("budgets = self.checked_heads(heads, len(x), cache)", "budgets = self.checked_heads(heads, len(x))"),
     ("return m * 2 *", "return m * 2.0 *"),
     ('"n_h": m}', '"n_h": m, "tie": False}'),
 ]
@@ -250,7 +250,7 @@ OTHERS = {
     o = torch.einsum("bthc,hdc->bthd", o, W_UV).flatten(2)
     return o @ self.W_O.weight[:, : o.shape[-1]].T""",
     "Attention.forward": """
-    budgets = self.budgets(heads, x.shape[0], cache)
+    budgets = self.checked_heads(heads, x.shape[0], cache)
     start = 0 if cache is None else cache.length
     positions = torch.arange(start, start + x.shape[1], device=x.device)
     rows = self.write(x, positions, max(budgets) if cache is None else self.room(cache))
