@@ -280,8 +280,8 @@ def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
     order = np.random.default_rng((args.seed, step))  # of seed and step alone: nothing to save
     starts = order.integers(len(tokens) - args.context, size=args.batch)
     total = 0
-    for rows, heads, weight in micro_batches(args, step, world.rank, world.size):
-        x, y = windows(tokens, starts[rows], args.context, world.device)
+    for sequences, heads, weight in micro_batches(args, step, world.rank, world.size):
+        x, y = windows(tokens, starts[sequences], args.context, world.device)
         total = total + run_pass(model, x, y, heads, weight)
 
     world.average([p.grad for p in model.parameters()])
