@@ -160,7 +160,7 @@ def build(c, weights, dtype=torch.float32, device="cpu"):
 
 
 def check(theirs, gqa, old, mla, new, tokens):
-    """Print how far the logits of tokens [B, T] are apart. UserError if that is more than rounding."""
+    """Print how far logits of tokens [B, T] are apart. UserError if that is more than rounding."""
     right = {torch.float32: theirs(tokens).logits}
     right[torch.float64], _ = build(gqa, old, torch.float64)(tokens)
     size = right[torch.float32].abs().max().clamp(min=1).item()

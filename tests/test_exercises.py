@@ -210,7 +210,10 @@ TOGETHER = [
         "return self.read_absorbed(x, rows, positions, m)\n        rows.split(",
     ),
     ("self.W_UK.weight.unfl", "self.W_UK.weight.data.unfl"),
-    ("budgets = self.checked_heads(heads, len(x), cache)", "budgets = self.checked_heads(heads, len(x))"),
+    (
+        "budgets = self.checked_heads(heads, len(x), cache)",
+        "budgets = self.checked_heads(heads, len(x))",
+    ),
     ("return m * 2 *", "return m * 2.0 *"),
     ('"n_h": m}', '"n_h": m, "tie": False}'),
 ]
