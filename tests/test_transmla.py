@@ -272,13 +272,18 @@ def test_a_cut_takes_nothing_where_keys_are_copies_or_do_not_turn(base, turning,
 
 
 def test_the_slot_that_stays_takes_as_much_of_the_keys_as_one_can():
-    """By the singular values of the first layer's keys, at each frequency."""
+    """By the singular values of each layer's keys, at each frequency."""
     gqa, mla = cut(hf_model("Qwen2"), d_R=4, d_c=20)
-    x = with_one(gqa.blocks[0].norm_attention(gqa.embed(TOKENS[:, :-1]))).flatten(0, 1)
-    keys = (x @ gqa.blocks[0].attention.W_K.weight.T).unflatten(1, (3, 2, 2))  # [t,g,f,p]
-    slot = (x @ mla.blocks[0].attention.W_KR.weight.T).unflatten(1, (2, 2))  # [t,f,p]
-    most = torch.linalg.svdvals(keys.permute(2, 0, 3, 1).flatten(1, 2))[:, 0]  # [f]
-    assert error(slot.square().sum((0, 2)), most.square()) < 1e-8
+    reads = []
+    for block in gqa.blocks:
+        block.norm_attention.register_forward_hook(lambda norm, given, x: reads.append(x))
+    gqa(TOKENS[:, :-1])
+    for x, before, after in zip(reads, gqa.blocks, mla.blocks, strict=True):
+        x = with_one(x).flatten(0, 1)
+        keys = (x @ before.attention.W_K.weight.T).unflatten(1, (3, 2, 2))  # [t,g,f,p]
+        slot = (x @ after.attention.W_KR.weight.T).unflatten(1, (2, 2))  # [t,f,p]
+        most = torch.linalg.svdvals(keys.permute(2, 0, 3, 1).flatten(1, 2))[:, 0]  # [f]
+        assert error(slot.square().sum((0, 2)), most.square()) < 1e-8
 
 
 def test_a_cut_does_not_depend_on_how_queries_and_keys_share_a_score():
