@@ -108,8 +108,9 @@ class PretrainedGQA(Pretrained, GQA):
 class PretrainedMLA(Pretrained, MLA):
     """What a GQA becomes: k_R is several keys side by side, called slots, and c_KV has no norm.
 
-    So the frequencies start anew after every d_h numbers. With QK-norm each slot is normed, which
-    is one key of the GQA, and the query over all slots, of which all but one are zeros at first.
+    So the frequencies start anew after every d_h numbers. With QK-norm each slot, which is one key
+    of the GQA, is normed by itself. A query is normed over all slots, of which all but one are zero
+    at first: its mean square is that of GQA's divided by their number, and so is eps.
     """
 
     def __init__(self, c):
