@@ -107,6 +107,7 @@ def make_parser():
     add("--overwrite", action="store_true", help="replace the run that is in --out")
     add("--resume", action="store_true", help="continue the run in --out, with its own settings")
     add("--init", type=Path, help="a checkpoint.pt: start from its weights, sizes and tokenizer")
+    add("--only", default="", help="train only these weights, like W_DKV,W_KR,W_UK,W_UV")
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for name, default in FIELDS.items():
         flag = "--" + name.replace("_", "-")
@@ -158,7 +159,7 @@ def read_start(args):
 def complete(args):
     """Settle what follows from other settings. UserError for what does not fit together."""
     start = args.start
-    for name in (*FIELDS, "objective", "shares", "batch", "seed"):
+    for name in (*FIELDS, "objective", "shares", "batch", "seed", "only"):
         if args.resume and getattr(args, name) != start["settings"][name]:
             flag, old = "--" + name.replace("_", "-"), start["settings"][name]
             raise UserError(
@@ -247,8 +248,9 @@ def flops_per_token(args):
 
 def make_optimizers(model):
     """Muon for the matrices inside the blocks, AdamW for the rest."""
-    matrices = {p: None for p in model.blocks.parameters() if p.dim() == 2}
-    rest = [p for p in model.parameters() if p not in matrices]
+    inside = {p: None for p in model.blocks.parameters() if p.dim() == 2}
+    matrices = {p: None for p in inside if p.requires_grad}
+    rest = [p for p in model.parameters() if p not in inside]
     return (
         Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -284,7 +286,7 @@ def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
         x, y = windows(tokens, starts[sequences], args.context, world.device)
         total = total + run_pass(model, x, y, heads, weight)
 
-    world.average([p.grad for p in model.parameters()])
+    world.average([p.grad for p in model.parameters() if p.requires_grad])
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # graphs know where the gradients are
@@ -358,6 +360,12 @@ def build(args, world):
     torch.set_float32_matmul_precision("high")  # what stays in float32 may use tf32
     weights = args.start["model"] if args.start else {}
     model = make_model(make_config(vars(args)), weights).to(world.device)
+    if args.only:
+        names = args.only.split(",")
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(part in names for part in name.split(".")))
+        if not any(p.requires_grad for p in model.blocks.parameters() if p.dim() == 2):
+            raise UserError(f"--only {args.only} names no matrix of the blocks")
     optimizers = make_optimizers(model)
     if args.start:
         if args.tie and not args.start["config"]["tie"]:
@@ -383,7 +391,7 @@ def restore(args, optimizers, world):
             optimizer.load_state_dict(state)
             for p in optimizer.param_groups[0]["params"]:  # a lost momentum would go unnoticed
                 shapes = {x.shape for x in optimizer.state[p].values() if x.dim()}
-                if start["step"] and shapes != {p.shape}:
+                if start["step"] and p.requires_grad and shapes != {p.shape}:
                     raise ValueError(f"a weight of shape {[*p.shape]} has a momentum of {shapes}")
         seconds = float(start["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ HOUSE = {  # file: the most statements it may have, and what it may import of ou
     "devices": (100, "tokenizer"),
     "pretrained": (130, "matmla"),
     "common": (155, "data devices matmla pretrained tokenizer"),
-    "train": (320, "common data devices matmla muon pretrained tokenizer"),
+    "train": (330, "common data devices matmla muon pretrained tokenizer"),
     "decode": (110, "matmla"),
     "sample": (75, "common decode devices matmla tokenizer"),
     "report": (120, "common data devices tokenizer"),

@@ -317,6 +317,14 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
     assert optimizers[1]["state"][0]["step"] == 1, "the first run's optimizer goes on"
 
 
+def test_only_the_weights_that_are_named_are_trained(finished):
+    run(*"--init out/checkpoint.pt --out only --only W_DKV,W_UK --steps 2 --device cpu".split())
+    before, after = (common.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "only"))
+    moved = {k for k, p in after["model"].items() if not torch.equal(p, before["model"][k])}
+    assert moved == {f"blocks.{i}.attention.{W}.weight" for i in (0, 1) for W in ("W_DKV", "W_UK")}
+    run("--resume", "--out", "only", "--steps", "3")
+
+
 def same_runs(one, two):
     """Everything in two finished runs but the times is bit-equal."""
     states = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in (one, two)]
@@ -490,6 +498,7 @@ def test_a_checkpoint_with_something_else_inside_is_one_line(change, words, fini
         ("--attention nested_gqa --budgets 12,3", ["(12, 3)", "[2, 4, 6, 8, 10, 12]"]),
         ("--d-R 5", ["5", "even"]),
         ("--shares 1,2", ["(1, 2)", "3"]),
+        ("--only W_K,norm", ["--only W_K,norm", "no matrix"]),
         ("--device abacus", ["abacus"]),
         ("--tokenizer nothing/here", ["nothing/here"]),
         ("--resume --out no", ["no/checkp"]),
