@@ -97,6 +97,7 @@ def draw_dials(dials, path):
         vectors.plot(beside.keys(), beside.values(), "o")
 
     whole.set(xlabel="heads (dots: trained)", ylabel="perplexity of held-out text", yscale="log")
+    whole.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     costs.set(xlabel="FLOPs of a prompt (all T x T scores)", ylim=vectors.get_ylim())
     vectors.set(xlabel="heads, or heads of every layer")
     vectors.tick_params("x", rotation=90)

@@ -22,6 +22,7 @@ from data import encode
 from devices import pick_device
 from tokenizer import UserError
 
+# What the summary of a run has at least
 NEEDED = "variant", "parameters", "tokens", "flops", "seconds", "cache_bytes", "val_loss", "seed"
 
 
@@ -58,11 +59,11 @@ def read_run(folder):
 
     try:
         final = lines[-1]["final"]
-        itemgetter(*NEEDED)(final)
+        itemgetter(*NEEDED)(final)  # none is missing
         batches = {line["step"]: line["loss"] for line in lines if "loss" in line}
         looks = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         held_out = {m: {step: looks[step][m] for step in looks} for m in final["val_loss"]}
-    except (AttributeError, LookupError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise UserError(f"{path} was written by another version of train.py: {error}") from None
     return Run(folder, batches, held_out, final)
 
