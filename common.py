@@ -305,13 +305,14 @@ def load_run(folder, device):
     path = folder / "checkpoint.pt"
     content = load_checkpoint(path, device)
     model, _ = load(path, device, content)
-    config, run = model.config, content["settings"]
-    if "data" not in run:
+    config = model.config
+    settings = content["settings"]
+    if "data" not in settings:
         raise UserError(f"{folder} was not trained by train.py, so it has no held-out text")
-    text = prepare(run["data"], content["encoding"], run["tokens"], config.vocab_size)
+    text = prepare(settings["data"], content["encoding"], settings["tokens"], config.vocab_size)
     _, held_out = read_tokens(text, config.context, config.vocab_size)
-    if content.get("data") not in (None, fingerprint(text)):
-        raise UserError(f"{run['data']} has changed since {folder} was trained: {text}")
+    if content.get("data") not in (None, fingerprint(text)):  # None: from older versions
+        raise UserError(f"{settings['data']} has changed since {folder} was trained: {text}")
     return model, held_out, text
 
 

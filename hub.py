@@ -117,7 +117,7 @@ def read_pretrained(name):
         found = gguf_obstacles(c, reader)
     if not found:
         with explained(f"cannot use the tokenizer of {name}"):
-            encoding = read_tokenizer(name, where, c)
+            encoding = own_tokenizer(name, where, c)
         with explained(f"cannot use the weights of {name}"):
             theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, dtype=torch.float32, output_loading_info=True
@@ -131,7 +131,7 @@ def read_pretrained(name):
     return theirs.eval(), encoding
 
 
-def read_tokenizer(name, where, c):
+def own_tokenizer(name, where, c):
     """What get_encoding takes for the model's own tokenizer; None if there is none.
 
     It raises whatever a library raises, and ValueError for tokens that the model does not have.
