@@ -52,7 +52,7 @@ SHAPES = {  # (sequences, tokens in the cache of each)
 
 
 def show(title, rows):
-    """Print a table of dicts, each as soon as it is there, if there are any. Returns their list."""
+    """Print rows, which are dicts, each as soon as it is there; of none, nothing. Their list."""
     table = Table()
     shown = []
     for row in rows:

@@ -226,7 +226,7 @@ def hold_out_tail(folder, itemsize):
 def read_tokens(folder, context, vocab_size):
     """train.bin and val.bin as arrays on disk.
 
-    UserError if one has too few tokens for a window, half of one, or one outside the vocabulary.
+    UserError if a file was cut, is too short for a window, or has a token outside the vocabulary.
     """
     both = []
     kind = item_type(vocab_size)
