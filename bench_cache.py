@@ -27,16 +27,13 @@ from common import (
     Parser,
     Table,
     evaluate_after,
-    load,
-    load_checkpoint,
+    load_run,
     make_config,
     perplexity,
 )
-from data import prepare, read_tokens
 from decode import attend_one, capture_graph, fast
 from devices import pick_device
 from matmla import ATTENTION, GPT, Cache, Config
-from tokenizer import UserError
 
 # Sizes from the models' own config files. DeepSeek's paper on hardware, arXiv:2505.09343, compares
 # their caches. Speed is measured of the first, whose d_ff is that of its dense layers.
@@ -55,7 +52,7 @@ SHAPES = {  # (sequences, tokens in the cache of each)
 
 
 def show(title, rows):
-    """Print a table of dicts, each as soon as it is there, if there are any. Returns their list."""
+    """Print rows, which are dicts, each as soon as it is there; of none, nothing. Their list."""
     table = Table()
     shown = []
     for row in rows:
@@ -277,19 +274,13 @@ def speeds(config, readers, shapes, prompt, device):
 def switching(run, device):
     """Yield rows of held-out perplexity with b heads, each after a prefix with another a.
 
-    The prefix is half a context. UserError for a run that has no held-out text.
+    The prefix is half a context.
     """
-    saved = load_checkpoint(run / "checkpoint.pt", device)
-    model, _ = load(run / "checkpoint.pt", device, saved)
-    c = model.config
-    if "data" not in saved["settings"]:
-        raise UserError(f"{run} was not trained by train.py, so it has no held-out text")
-    data, most = saved["settings"]["data"], saved["settings"]["tokens"]
-    folder = prepare(data, saved["encoding"], most, c.vocab_size)
-    _, held_out = read_tokens(folder, c.context, c.vocab_size)
-    for a in c.budgets:
-        losses = evaluate_after(a, model, held_out, 128, c.budgets)
-        yield {"a \\ b": a} | {str(b): perplexity(loss) for b, loss in zip(c.budgets, losses)}
+    model, held_out, _ = load_run(run, device)
+    budgets = model.config.budgets
+    for a in budgets:
+        losses = evaluate_after(a, model, held_out, 128, budgets)
+        yield {"a \\ b": a} | {str(b): perplexity(loss) for b, loss in zip(budgets, losses)}
 
 
 def measure(preset, device):

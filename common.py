@@ -12,7 +12,7 @@ import filelock
 import numpy as np
 import torch
 
-from data import windows
+from data import fingerprint, prepare, read_tokens, windows
 from devices import mixed_precision
 from matmla import ATTENTION, Config
 from pretrained import make_model  # which also adds the attentions of converted models
@@ -295,6 +295,25 @@ def load(path, device, content=None):
     model = make_model(make_config(content["config"]), content["model"]).to(device)
     fill(model, content["model"], path)
     return model.eval(), get_encoding(content["encoding"])
+
+
+def load_run(folder, device):
+    """(model, the tokens held out, the folder they are in) of what train.py left in a folder.
+
+    UserError if there is no such text, or if it is not the one that the run was trained on.
+    """
+    path = folder / "checkpoint.pt"
+    content = load_checkpoint(path, device)
+    model, _ = load(path, device, content)
+    config = model.config
+    settings = content["settings"]
+    if "data" not in settings:
+        raise UserError(f"{folder} was not trained by train.py, so it has no held-out text")
+    text = prepare(settings["data"], content["encoding"], settings["tokens"], config.vocab_size)
+    _, held_out = read_tokens(text, config.context, config.vocab_size)
+    if content.get("data") not in (None, fingerprint(text)):  # None: from older versions
+        raise UserError(f"{settings['data']} has changed since {folder} was trained: {text}")
+    return model, held_out, text
 
 
 @contextmanager

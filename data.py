@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenizer import UserError, get_encoding, reason
+from tokenizer import UserError, explained, get_encoding
 
+# Folders of the standard library that are not read
+SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
 KINDS = (".txt", ".jsonl", ".parquet")  # of files with texts
 PART = 2**16  # characters of a text, and the rest of their line, are held at once
 
@@ -31,9 +33,7 @@ def find_files(data):
     """
     if data == "stdlib":  # the reader's own: about 480 files, 9 MB
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"test", "tests", "idlelib", "lib2to3", "encodings"}
-        skip |= {"site-packages", "dist-packages"}
-        files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+        files = [p for p in root.rglob("*.py") if not SKIP & set(p.relative_to(root).parts)]
         return sorted(files), []
 
     path = Path(data)
@@ -41,9 +41,8 @@ def find_files(data):
     def is_hidden(p):  # a file that is named itself is not
         return any(part.startswith(".") for part in p.relative_to(path).parts)
 
-    found = sorted(p for p in path.rglob("*") if not p.is_dir() or p.is_symlink())
-    if path.is_file():
-        found = [path]
+    in_folder = (p for p in path.rglob("*") if not p.is_dir() or p.is_symlink())
+    found = [path] if path.is_file() else sorted(in_folder)
     files = [p for p in found if p.suffix.lower() in KINDS and not is_hidden(p)]
     if not files and (path.exists() or path.suffix.lower() in KINDS):
         raise UserError(f"no {', '.join(KINDS)} file {path}, and none in a folder of that name")
@@ -110,11 +109,9 @@ def texts(data):
         line = f"{data}: left out {count}, hidden or not {', '.join(KINDS)}, such as {some}"
         tqdm.write(line, file=sys.stderr)
     for source in files or [data]:
-        try:
+        where = "" if files else ", which is no file here, from the Hugging Face hub"
+        with explained(f"cannot read {source}{where}"):
             yield from read(source)
-        except Exception as error:  # whatever is wrong with the data of others
-            where = "" if files else ", which is no file here, from the Hugging Face hub"
-            raise UserError(f"cannot read {source}{where} ({reason(error)})") from error
 
 
 def encode(data, encoding):
@@ -229,7 +226,7 @@ def hold_out_tail(folder, itemsize):
 def read_tokens(folder, context, vocab_size):
     """train.bin and val.bin as arrays on disk.
 
-    UserError if one has too few tokens for a window, half of one, or one outside the vocabulary.
+    UserError if a file was cut, is too short for a window, or has a token outside the vocabulary.
     """
     both = []
     kind = item_type(vocab_size)

@@ -5,14 +5,13 @@ What our models cannot do is refused by name, not left out.
 
 import json
 import logging
-from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
 import torch
 import transformers
 
-from tokenizer import UserError, get_encoding
+from tokenizer import UserError, explained, get_encoding
 
 TOKENIZERS = (
     "tokenizer.json",
@@ -96,16 +95,6 @@ def scale_rope(theirs, reader):
             frequencies /= torch.tensor(tensor.data)
 
 
-@contextmanager
-def reading(what):
-    """Inside, whatever a library says is wrong with the files of others becomes a UserError."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        raise UserError(f"cannot use the {what} ({reason})") from error
-
-
 def read_pretrained(name):
     """(transformers' model in float32, its tokenizer as checkpoints have it, or None).
 
@@ -118,7 +107,7 @@ def read_pretrained(name):
     reader = None
     where = {"pretrained_model_name_or_path": name, "trust_remote_code": False}
 
-    with reading(f"config of {name}"):
+    with explained(f"cannot use the config of {name}"):
         if path.suffix == ".gguf":
             reader = gguf.GGUFReader(path)
             where |= {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
@@ -127,9 +116,9 @@ def read_pretrained(name):
     if reader and not found:
         found = gguf_obstacles(c, reader)
     if not found:
-        with reading(f"tokenizer of {name}"):
-            encoding = read_tokenizer(name, where, c)
-        with reading(f"weights of {name}"):
+        with explained(f"cannot use the tokenizer of {name}"):
+            encoding = own_tokenizer(name, where, c)
+        with explained(f"cannot use the weights of {name}"):
             theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, dtype=torch.float32, output_loading_info=True
             )
@@ -142,7 +131,7 @@ def read_pretrained(name):
     return theirs.eval(), encoding
 
 
-def read_tokenizer(name, where, c):
+def own_tokenizer(name, where, c):
     """What get_encoding takes for the model's own tokenizer; None if there is none.
 
     It raises whatever a library raises, and ValueError for tokens that the model does not have.

@@ -11,6 +11,7 @@ Runs named after their seeds, like mat.0 and mat.1, share a row. It has the mean
 import itertools
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from data import encode
 from devices import pick_device
 from tokenizer import UserError
 
-NEEDED = {"variant", "parameters", "tokens", "flops", "seconds", "cache_bytes", "val_loss", "seed"}
+# What the summary of a run has at least
+NEEDED = "variant", "parameters", "tokens", "flops", "seconds", "cache_bytes", "val_loss", "seed"
 
 
 @dataclass
@@ -57,26 +59,27 @@ def read_run(folder):
 
     try:
         final = lines[-1]["final"]
-        missing = NEEDED - final.keys()
+        itemgetter(*NEEDED)(final)  # none is missing
         batches = {line["step"]: line["loss"] for line in lines if "loss" in line}
         looks = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         held_out = {m: {step: looks[step][m] for step in looks} for m in final["val_loss"]}
-    except (AttributeError, LookupError, TypeError) as error:
-        missing = {str(error)}
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise UserError(f"{path} was written by another version of train.py: {names}")
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path} was written by another version of train.py: {error}") from None
     return Run(folder, batches, held_out, final)
 
 
-def read_rows(folders):
-    """Runs by rows: {name: [Run, ...]}. UserError if those of a row differ not just in the seed."""
+def read_runs(folders):
+    """A list of Runs. UserError if two have one name, by which tables and figures call them."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two runs are named {name}; rename the folder of one")
+    return runs
 
+
+def rows_of(runs):
+    """Runs by rows: {name: [Run, ...]}. UserError if those of a row differ not just in the seed."""
     rows = {}
     for run in runs:
         rows.setdefault(run.row, []).append(run)
@@ -85,9 +88,9 @@ def read_rows(folders):
         kinds = {(f["variant"], f["parameters"], f["tokens"], *f["val_loss"]) for f in finals}
         seeds = {f["seed"] for f in finals}
         if len(kinds) > 1 or len(seeds) < len(row):
-            paths = ", ".join(run.name for run in row)
+            names = ", ".join(run.name for run in row)
             raise UserError(
-                f"{paths} are one row, {name}, but have the same seed or differ in more than that; "
+                f"{names} are one row, {name}, but have the same seed or differ in more than that; "
                 "rename the folder of one"
             )
     return rows
@@ -151,9 +154,10 @@ def draw_losses(runs, path):
 
     last = [line.get_ydata()[-1] for line in left.lines]
     left.set(
-        xlabel="step (thin: batches; the others: held-out text)", ylabel="loss (nats per token)"
+        xlabel="step (thin: batches; the others: held-out text)",
+        ylabel="loss (nats per token)",
+        ylim=(min(last) - 0.1, max(last) + 1),
     )
-    left.set(ylim=(min(last) - 0.1, max(last) + 1))
     right.set(xlabel="step", ylabel=f"loss minus that of {runs[0].name} (below 0: better)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)
@@ -161,8 +165,8 @@ def draw_losses(runs, path):
 
 def report(folders, out, text):
     """Print the table of finished runs, and draw their figure."""
-    rows = read_rows(folders)
-    runs = [run for row in rows.values() for run in row]
+    runs = read_runs(folders)
+    rows = rows_of(runs)
     if text:
         for run in runs:
             run.final |= {"text": text, "text_loss": text_losses(run, text)}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -15,9 +16,14 @@ class UserError(ValueError):
     """What whoever runs a script can mend. They see its message only, in one line."""
 
 
-def reason(error):
-    """What a library says is wrong, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+@contextmanager
+def explained(message):
+    """Inside, whatever a library says is wrong becomes a UserError: the message, then its own."""
+    try:
+        yield
+    except Exception as error:  # the libraries have no class of their own for this
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{message} ({reason[:400]})") from error
 
 
 class Tokenizer:
@@ -102,15 +108,14 @@ def get_encoding(name):
         return tiktoken.Encoding(
             "bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={END: 256}
         )
-    try:
-        if isinstance(name, dict):
+    if isinstance(name, dict):
+        with explained("cannot use the tokenizer of this model"):
             return Tokenizer(**name)
-        return tiktoken.get_encoding(name)  # downloaded once
-    except Exception as error:  # the libraries have no class of their own for this
-        raise UserError(
-            f"cannot use the tokenizer {str(name)[:40]} ({reason(error)}); one of tiktoken needs "
-            "a network once, or TIKTOKEN_CACHE_DIR with the cache of another machine"
-        ) from error
+    with explained(
+        f"cannot use the tokenizer {name}: tiktoken needs a network once, or TIKTOKEN_CACHE_DIR "
+        "with the cache of another machine"
+    ):
+        return tiktoken.get_encoding(name)
 
 
 def read_tokenizer(name):
@@ -123,7 +128,10 @@ def read_tokenizer(name):
         return name
     files = ["tokenizer.json", "tokenizer_config.json"]
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # our own line says it
-    try:
+    with explained(
+        f"no tokenizer {name}: not bytes, none of tiktoken, and no folder or model on the "
+        "Hugging Face hub with tokenizer.json and an eos_token"
+    ):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
@@ -131,9 +139,4 @@ def read_tokenizer(name):
         end = json.loads(config)["eos_token"]
         end = end["content"] if isinstance(end, dict) else end
         token = tokenizers.Tokenizer.from_str(content).get_vocab()[end]
-    except Exception as error:  # whatever is wrong with the files of others
-        raise UserError(
-            f"no tokenizer {name}: not bytes, none of tiktoken, and no folder or model on the "
-            f"Hugging Face hub with tokenizer.json and an eos_token ({reason(error)})"
-        ) from error
     return {"json": content, "eot_token": token}

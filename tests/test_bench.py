@@ -307,8 +307,9 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(
     assert len({value for row in found.values() for value in row.values()}) == 9
 
     saved = common.load_checkpoint(Path("run/checkpoint.pt"))
-    common.save(Path("run/checkpoint.pt"), **saved | {"settings": {}})
-    with pytest.raises(SystemExit, match="^2$"):
-        printed(monkeypatch, capsys, "--switch", "run")
-    said = capsys.readouterr().err
-    assert "held-out text" in said and said.count("\n") == 1
+    for changed, words in (({"settings": {}}, "no held-out text"), ({"data": {}}, "has changed")):
+        common.save(Path("run/checkpoint.pt"), **(saved | changed))
+        with pytest.raises(SystemExit, match="^2$"):
+            printed(monkeypatch, capsys, "--switch", "run")
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1

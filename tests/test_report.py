@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import common
 import dial
 import report
+from data import fingerprint
 from matmla import GPT, MLA, Config
 from test_matmla import randomized
 
@@ -57,6 +58,7 @@ def write_run(folder, attention="matmla", seed=0, losses=(5.0, 5.5, 6.0), data="
         model=model.state_dict(),
         optimizers=[],
         log=log,
+        data=fingerprint(data),
     )
     return model
 
@@ -183,7 +185,7 @@ def test_a_log_that_is_cut_unfinished_or_of_another_version_is_named_in_one_line
         text[:-50]: "cut",
         "".join(lines[:-1]): "not finished",
         "": "not finished",
-        text.replace('"flops"', '"operations"'): "another version of train.py: flops",
+        text.replace('"flops"', '"operations"'): "another version of train.py: 'flops'",
         text.replace('"step"', '"steps"'): "another version of train.py",
         text.replace(lines[0], "3\n"): "damaged",
     }.items():
@@ -249,20 +251,18 @@ def test_numbers_vectors_and_left_out_heads_are_models_without_the_other_heads(
         "2…/4…/6…": [2, 4, 6],
     }
     settings = {str(m): m for m in range(1, 7)} | vectors
-    assert {name: point["heads"] for name, point in found["mat"].items()} == settings
+    assert {name: point["heads"] for name, point in found["mat.0"].items()} == settings
     assert list(found["gqa"]) == ["6"]
 
-    # Perplexities: of the mean loss of both seeds, and of the lower and the higher one.
     for name, heads in settings.items():
         layers = [range(m) for m in (heads if isinstance(heads, list) else [heads] * 3)]
-        losses = [loss_of(with_heads(model, [list(layer) for layer in layers])) for model in models]
-        point = found["mat"][name]
-        assert point["loss"] == pytest.approx(losses, rel=1e-5)
-        low, mean, high = np.exp((min(losses), np.mean(losses), max(losses)))
-        assert point["perplexity"] == pytest.approx(mean, rel=1e-4)
-        assert (point["lowest"], point["highest"]) == pytest.approx((low, high), rel=1e-4)
-        assert f"{point['perplexity']:,.3f}" in printed
-    assert len({point["perplexity"] for point in found["mat"].values()}) == len(settings)
+        for run, model in zip(("mat.0", "mat.1"), models):
+            loss = loss_of(with_heads(model, [list(layer) for layer in layers]))
+            point = found[run][name]
+            assert point["loss"] == pytest.approx(loss, rel=1e-5)
+            assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+            assert f"{point['perplexity']:,.3f}" in printed
+    assert len({point["perplexity"] for point in found["mat.0"].values()}) == len(settings)
 
     # What a model loses without a head is what one has lost that never had it.
     rises = json.loads(Path("figures/heads.json").read_text())["heads"]["mat.1"]["rises"]
@@ -273,12 +273,12 @@ def test_numbers_vectors_and_left_out_heads_are_models_without_the_other_heads(
 
     # The figures show these numbers.
     whole, costs, _ = drawn["dial.png"].axes
-    line = whole.lines[0]  # nested models come first
+    line = whole.lines[0]
     assert [*line.get_xdata()] == [1, 2, 3, 4, 5, 6]
-    assert [*line.get_ydata()] == [found["mat"][str(m)]["perplexity"] for m in range(1, 7)]
-    flops = [found["mat"][str(m)]["flops"] for m in range(1, 7)]
+    assert [*line.get_ydata()] == [found["mat.0"][str(m)]["perplexity"] for m in range(1, 7)]
+    flops = [found["mat.0"][str(m)]["flops"] for m in range(1, 7)]
     assert [*costs.lines[0].get_xdata()] == flops
-    bars = drawn["heads.png"].axes[1].patches  # rows together: mat.0, mat.1, gqa
+    bars = drawn["heads.png"].axes[2].patches
     assert [bar.get_height() for bar in bars] == rises
 
 
@@ -291,7 +291,7 @@ def test_flops_of_a_prompt_are_two_per_weight_and_score_that_is_used(heads):
         weights = c.d * (c.d_cq + c.d_c + c.d_R + 3 * c.d_ff)
         weights += m * (c.d_cq * (c.d_h + c.d_R) + c.d_c * 2 * c.d_h + c.d_h * c.d)
         flops += 2 * T * weights + 2 * T * T * m * (c.d_h + c.d_R + c.d_h)  # the whole square
-    assert dial.prompt_flops(c, [heads]) == [flops]
+    assert dial.prompt_flops(c, heads) == flops
 
 
 def test_nested_gqa_turns_in_steps_and_two_budgets_make_three_vectors():
@@ -303,9 +303,11 @@ def test_nested_gqa_turns_in_steps_and_two_budgets_make_three_vectors():
     assert list(dial.settings_of(replace(c, n_layer=1), unit=2)) == ["2", "4", "6"]
 
 
-def test_runs_on_different_texts_are_not_compared(refuses):
+def test_runs_on_different_texts_or_one_that_changed_are_not_compared(refuses):
     shutil.copytree("text", "news")
     write_run("a", "mla", losses=(5.0,))
     write_run("b", "mla", losses=(5.0,), data="news")
     refuses(dial, "a b --out figures", "text in windows of 13", "news in windows of 13")
+    shutil.copy("text/train.bin", "text/val.bin")
+    refuses(dial, "b a --out figures", "text has changed since", "/a was trained")
     assert not Path("figures").exists()
