@@ -30,6 +30,7 @@ def main():
             dtype="float32",
             attention_backend="CPU_MLA",
             compilation_config={} if args.without_detour else DETOUR,
+            enforce_eager=True,  # for a quick start
         )
         greedy = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0, ignore_eos=True)
         answers = []

@@ -62,7 +62,7 @@ def compare(checkpoint, heads, program, serve):
         apart += [abs(a - b) for a, b in pairs if b is not None]
     apart = torch.tensor(apart).max().item()
     row = {
-        "model": f"{model.config.attention} in {checkpoint}",
+        "model": f"{model.config.attention} of {checkpoint.name}",
         "heads": heads,
         "tokens like ours": f"{same} of {NEW * len(prompts)}",
         "different tokens": len(different),
