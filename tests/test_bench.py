@@ -95,6 +95,13 @@ def test_fast_steps_without_what_usually_helps(captured):
     compare(model, [4, 3])
 
 
+def test_a_fast_step_is_refused_beyond_the_context_also_where_the_cache_has_room(captured):
+    model = make("matmla", **ODD | {"context": 12})
+    cache = compare(model, [6, 4, 6], capacity=30)  # 9 tokens, and 3
+    with pytest.raises(ValueError, match=r"12 \+ \[2, 1\] tokens do not fit \[B, 12\]"):
+        model.step(some_tokens(2, 1), 6, cache)
+
+
 def test_a_graph_for_every_choice_of_heads_and_doubling_of_the_rows_is_freed_with_the_cache(
     captured,
 ):

@@ -123,8 +123,8 @@ def test_runs_named_after_their_seeds_share_a_row_with_mean_and_half_the_range(s
     write_run("mat.0", seed=0, losses=(5.0, 5.5, 6.0))
     write_run("mat.1", seed=1, losses=(5.2, 5.4, 6.0))
     write_run("mat.7", seed=7, losses=(5.9, 5.6, 6.3))
-    write_run("mat.3", seed=4, losses=(1.0, 2.0, 3.0))  # not named after its seed
-    *three, other, _, _ = cells(says(report, "mat.0 mat.1 mat.7 mat.3").strip())
+    write_run("mat.3", seed=4, losses=(1.0, 2.0, 800.0))  # not named after its seed
+    *three, other, _, diverged = cells(says(report, "mat.0 mat.1 mat.7 mat.3").strip())
     for row, m, mean, spread in zip(three, "642", (16.1 / 3, 5.5, 6.1), (0.45, 0.1, 0.15)):
         size = f"{sum(p.numel() for p in GPT(Config('matmla', **SIZES)).parameters()):,}"
         assert row[:6] == ["mat", "matmla, mixed", m, size, "7,800", "1.25e+09"]
@@ -133,6 +133,7 @@ def test_runs_named_after_their_seeds_share_a_row_with_mean_and_half_the_range(s
         assert loss == f"{mean:.4f} ± {spread:.4f}"
         assert perplexity == f"{math.exp(mean):.3f}"
     assert other[0] == "mat.3" and other[-2:] == ["1.0000", f"{math.e:.3f}"]
+    assert diverged[-2] == "800.0000" and len(diverged[-1]) > 300, "e to the 800 is no float"
 
 
 def test_the_figure_has_every_loss_and_how_far_it_is_behind_the_first_run(says, drawn):

@@ -1,5 +1,6 @@
 """Tests of train.py, muon.py, devices.py and common.py. GPU tests run where there is one."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -27,8 +29,8 @@ from tokenizer import UserError
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start; test_matmla says why
 CPU = World(torch.device("cpu"))
 SMALL = (
-    "--device cpu --tokens 300000 --n-layer 2 --d 24 --d-h 4 --d-c 12 --d-cq 8 --d-R 4 --d-ff 32 "
-    "--context 32 --batch 12 --steps 40 --eval-every 10"
+    "--device cpu --data text --tokenizer bytes --n-layer 2 --d 24 --d-h 4 --d-c 12 --d-cq 8 "
+    "--d-R 4 --d-ff 32 --context 32 --batch 12 --steps 40 --eval-every 10"
 ).split()
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -53,9 +55,13 @@ def log_of(out):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a finished run in out; tests work there."""
+    """A folder with tokens in text and a finished run in out; tests work there."""
+    tokens = np.random.default_rng(0).integers(97, 123, size=20_000).astype(np.uint16)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
+        Path("text").mkdir()
+        tokens[:18_000].tofile("text/train.bin")
+        tokens[18_000:].tofile("text/val.bin")
         run(*SMALL)
         yield
 
@@ -71,7 +77,7 @@ def plain_turns(objective, step, shares=(2, 1)):
     """What a step's 11 sequences are read with: lists of heads, one for each pass over them all."""
     turns = [3] * shares[0] + [1] * shares[1]
     if objective == "mixed":  # sequences of the run in turn, sorted within a batch
-        return [sorted(np.resize(turns, 110)[11 * step : 11 * step + 11].tolist(), reverse=True)]
+        return [sorted(np.resize(turns, 55)[11 * step : 11 * step + 11].tolist(), reverse=True)]
     if objective == "sum":
         return [[m] * 11 for m in turns]
     if objective == "sample":
@@ -89,7 +95,7 @@ def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)  # torch's Muon rounds on a CPU too
     args = settings(
         "--budgets 3,1 --shares 2,1 --n-h 3 --batch 11 --micro-batch 6 --lr 0.03 --lr-adamw 0.01 "
-        f"--warmup 2 --steps 10 --seed 5 --objective {objective}"
+        f"--warmup 2 --steps 5 --seed 5 --objective {objective}"
     )
     tokens = np.random.default_rng(0).integers(257, size=500).astype(np.uint16)
     torch.manual_seed(0)
@@ -102,7 +108,7 @@ def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
     optimizers = train.make_optimizers(ours)
 
-    for step, rate in enumerate((1 / 2, 1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)):
+    for step, rate in enumerate((1 / 2, 1, 1, 2 / 3, 1 / 3)):
         starts = np.random.default_rng((5, step)).integers(500 - 32, size=11)
         passes = plain_turns(objective, step)
         loss = 0
@@ -166,8 +172,7 @@ def test_training_flops_are_those_of_the_heads_that_are_computed():
         alone.append(6 * weights + 6 * scores)
         assert cost(f"--attention mla --n-h {m}") == pytest.approx(alone[-1])
     assert cost("--shares 1,1,2") == pytest.approx(np.average(alone, weights=(1, 1, 2)))
-    assert cost("") == pytest.approx(np.average(alone, weights=(3, 2, 1)))
-    assert cost("--objective layers") == cost("--objective sample") == cost("")
+    assert cost("--objective layers") == pytest.approx(np.average(alone, weights=(3, 2, 1)))
     assert cost("--objective sum") == pytest.approx(sum(alone))
 
 
@@ -178,11 +183,11 @@ def test_each_number_of_heads_is_compiled_once_for_all_layers_also_where_they_di
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    model = GPT(Config(n_layer=3))
+    model = GPT(Config(n_layer=2, n_h=9))  # more kinds than torch compiles by itself
     devices.compile_parts(model)
-    for heads in [12, 8, 4], [4, 12, 12], [8, 8, 4], 4, [4] * 3, *range(1, 13):
+    for heads in [9, 5], [5, 9], 5, [5] * 2, *range(1, 10):
         model(*torch.zeros(2, 1, 8, dtype=int), heads)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12 + 1  # and the loss
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9 + 1  # and the loss
 
 
 def test_where_nothing_compiles_training_goes_without_and_says_so(monkeypatch, capsys):
@@ -230,6 +235,9 @@ def test_a_captured_pass_runs_once_per_step_on_what_it_is_given(monkeypatch):
     assert place[0].tolist() == [3] and place[1].tolist() == [4]
     passes("model", torch.tensor([7]), torch.tensor([8]), [12, 4], 0.5)  # layers: never captured
     assert given[-1] == ([7], [8], [12, 4], 0.5) and len(passes.kinds) == 1
+    for tokens, heads, weight in ([5], (12, 8), 0.5), ([5], (12, 4), 0.2), ([5, 6], (12, 4), 0.5):
+        passes("model", torch.tensor(tokens), torch.tensor(tokens), heads, weight)
+        assert given[-1] == (tokens, tokens, heads, weight), "another kind, and another graph"
 
 
 @gpu
@@ -300,7 +308,7 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
     assert kept["step"] == 40 and json.loads(json.dumps(kept["log"])) == lines
     assert lines[9]["final"]["val_loss"] == lines[8]["val_loss"]
     assert lines[9]["final"]["tokens"] == 40 * 12 * 32
-    val = np.fromfile(next(Path("data").glob("*/val.bin")), np.uint16).astype(int)
+    val = np.fromfile("text/val.bin", np.uint16).astype(int)
     starts = np.linspace(0, len(val) - 33, 256).astype(int)
     x = torch.tensor(np.stack([val[i : i + 33] for i in starts]))
     model, _ = common.load("out/checkpoint.pt", "cpu")
@@ -308,10 +316,10 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
         losses = [model(x[:, :-1], x[:, 1:], m)[1].item() for m in (12, 8, 4)]
     assert [lines[8]["val_loss"][m] for m in ("12", "8", "4")] == pytest.approx(losses, abs=1e-5)
 
-    start = "--init out/checkpoint.pt --out new --device cpu "
-    _, args = train.settings((start + "--context 16 --data elsewhere").split())
+    start = "--init out/checkpoint.pt --out new --device cpu --data text "
+    _, args = train.settings((start + "--context 16").split())
     assert (args.d, args.context, args.encoding, args.steps) == (24, 16, "bytes", 600)
-    run(*(start + "--steps 1 --tokens 300000").split())
+    run(*(start + "--steps 1").split())
     assert log_of("new")[0]["val_loss"] == lines[8]["val_loss"]
     optimizers = common.load_checkpoint("new/checkpoint.pt")["optimizers"]
     assert optimizers[1]["state"][0]["step"] == 1, "the first run's optimizer goes on"
@@ -334,42 +342,51 @@ def same_runs(one, two):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize(
-    "end, status, objective",
-    [(signal.SIGKILL, -9, "layers"), (signal.SIGINT, 130, "mixed"), (signal.SIGTERM, 143, "mixed")],
-)
-def test_interrupted_runs_resume_as_if_never_stopped(end, status, objective, finished):
-    stopped, flags = f"stopped{status}", [*SMALL, "--objective", objective]
-    whole = f"whole_{objective}"
-    if not Path(whole).exists():
-        run(*flags, "--out", whole)
-    command = [sys.executable, train.__file__, *flags, "--out", stopped]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background too
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    while not Path(stopped, "metrics.jsonl").exists() or log_of(stopped)[-1]["step"] < 10:
+def test_a_killed_run_resumes_as_if_never_stopped(finished):
+    process = subprocess.Popen([sys.executable, train.__file__, *SMALL, "--out", "killed"])
+    while not Path("killed", "metrics.jsonl").exists() or log_of("killed")[-1]["step"] < 10:
         assert process.poll() is None
-    process.send_signal(end)
-    said = process.communicate()[1]
-    assert process.returncode == status and log_of(stopped)[-1]["step"] < 40
-    assert end == signal.SIGKILL or said.endswith(f"--resume --out {stopped}\n")
-    if end == signal.SIGTERM:
-        step = common.load_checkpoint(f"{stopped}/checkpoint.pt")["step"]
-        assert f"after step {step} and saved" in said
-    run("--resume", "--out", stopped)
-    same_runs(whole, stopped)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and log_of("killed")[-1]["step"] < 40
+    run("--resume", "--out", "killed")
+    same_runs("out", "killed")
+
+
+@pytest.mark.parametrize(
+    "end, status, at, saved",
+    [(signal.SIGINT, 130, 27, 20), (signal.SIGTERM, 143, 13, 14)],
+)
+def test_a_run_that_gets_a_signal_says_how_to_go_on(
+    end, status, at, saved, finished, monkeypatch, capsys
+):
+    """Ctrl-C goes back to the last checkpoint; SIGTERM saves one. What follows is the same run."""
+    out = f"stopped{at}"
+    ordinary = train.Run.advance
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is for the run to heed
+
+    def advance(run):
+        if run.step == at:
+            signal.raise_signal(end)
+        ordinary(run)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"^{status}$"):
+        patch.setattr(train.Run, "advance", advance)
+        run(*SMALL, "--out", out)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    said = capsys.readouterr().err
+    assert said.endswith(f"--resume --out {out}\n")
+    assert end == signal.SIGINT or f"after step {saved} and saved" in said
+    assert common.load_checkpoint(f"{out}/checkpoint.pt")["step"] == saved
+    run("--resume", "--out", out)
+    same_runs("out", out)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("objective", ["mixed", "layers"])
-def test_two_processes_train_like_one(objective, finished):
-    one, two = f"whole_{objective}", f"two_{objective}"
-    flags = [*SMALL, "--objective", objective]
-    if not Path(one).exists():
-        run(*flags, "--out", one)
+def test_two_processes_train_like_one(finished):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "--", train.__file__, *flags, "--out", two, "--micro-batch", "4"]
+    command = [*launch, "--", train.__file__, *SMALL, "--out", "two", "--micro-batch", "4"]
     subprocess.run(command, check=True)
-    runs = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in (one, two)]
+    runs = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "two")]
     losses = [[line["loss"] for line in run["log"] if "loss" in line] for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(runs[0]["model"], runs[1]["model"], rtol=0, atol=1e-3)
@@ -399,6 +416,57 @@ def test_a_run_that_was_stopped_before_its_first_step_can_go_on(finished, monkey
     assert log_of("zero")[-1]["step"] == 1
 
 
+def test_a_resumed_run_keeps_its_model_its_objective_and_its_data(finished, capsys):
+    kept = settings("")
+    other = {"attention": "mla", "budgets": "12,8", "objective": "sum", "shares": "3,2,2"}
+    names = [field.name for field in dataclasses.fields(Config)]
+    for name in (*names, "objective", "shares", "batch", "seed"):
+        flag, old = "--" + name.replace("_", "-"), getattr(kept, name)
+        flags = [flag, other.get(name) or str(2 * old + 2)]
+        if name == "tie":
+            flags = ["--no-tie"]
+        refuses([f"{flag} {old} "], capsys, run, "--resume", "--out", "out", *flags)
+    change = "--lr 0.1 --lr-adamw 0.2 --warmup 3 --steps 50 --eval-every 7 --micro-batch 5"
+    _, args = train.settings(f"--resume --out out {change}".split())
+    assert (args.lr, args.steps, args.d) == (0.1, 50, 24)
+
+
+def test_a_seed_gives_the_weights():
+    seeded = [train.build(settings(f"--seed {seed}"), CPU)[0].state_dict() for seed in (3, 3, 4)]
+    for name, one in seeded[0].items():
+        assert torch.equal(one, seeded[1][name])
+        assert one.dim() == 1 or not torch.equal(one, seeded[2][name]), name
+
+
+def test_a_run_is_summed_up_for_all_its_tokens_processes_and_bytes(monkeypatch):
+    """By a device of 989e12 FLOPs per second, two of which take 7,000 tokens per second."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    args = settings("--shares 5,2,1 --seed 3")
+    model = GPT(train.make_config(vars(args)))
+    looks = [{"step": 30, "val_loss": {"12": 3.0}}, {"step": 40, "val_loss": {"12": 2.0}}]
+    book = SimpleNamespace(speed=7000.0, seconds=50.0, tokens_per_step=12 * 32, entries=looks)
+    world = World(torch.device("cuda", 0), 0, 2)
+    run = SimpleNamespace(args=args, model=model, book=book, world=world)
+    found = train.Run.summary(run)
+    cost = train.flops_per_token(args)
+    assert found == {
+        "variant": "matmla, mixed 5:2:1",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": 40 * 12 * 32,
+        "flops": pytest.approx(40 * 12 * 32 * cost),
+        "cache_bytes": 2 * (12 + 4) * 2,  # layers, numbers, bytes of bfloat16
+        "val_loss": {"12": 2.0},
+        "seconds": 50.0,
+        "tokens_per_second": 7000.0,
+        "mfu": pytest.approx(7000 * cost / (2 * 989e12)),
+        "seed": 3,
+        "memory": 123,
+        "device": "2 x NVIDIA H200",
+        "torch": torch.__version__,
+    }
+
+
 def test_a_run_stays_alone_in_its_folder_and_is_not_overwritten(finished, capsys):
     before = Path("out/checkpoint.pt").read_bytes()
     refuses(["out has a run", "--overwrite"], capsys, run, *SMALL)
@@ -415,8 +483,7 @@ def test_a_run_does_not_go_on_with_other_text(finished, capsys):
         json.dumps({"text": f"the cat saw the dog {i}. " * 9}) + "\n" for i in range(400)
     )
     Path("d.jsonl").write_text(text)
-    tokens = "--data d.jsonl --tokenizer bytes --tokens 0"
-    run(*SMALL, *tokens.split(), "--out", "cat", "--steps", "1")
+    run(*SMALL, "--data", "d.jsonl", "--out", "cat", "--steps", "1")
     Path("d.jsonl").write_text(text.replace("cat", "cow"))
     refuses(["d.jsonl has changed"], capsys, run, "--resume", "--out", "cat", "--steps", "2")
 
@@ -457,10 +524,11 @@ def test_a_damaged_or_hostile_checkpoint_is_one_line_and_runs_no_code(finished, 
         assert all(torch.equal(found["model"][name], weights[name]) for name in weights), place
 
     saved = torch.load("out/checkpoint.pt", weights_only=True)
-    lost = saved["optimizers"][0] | {"state": {}}
+    muon, adamw = saved["optimizers"]
     Path("lost").mkdir()
-    torch.save(saved | {"optimizers": [lost, saved["optimizers"][1]]}, "lost/checkpoint.pt")
-    refuses(["lost", "momentum"], capsys, run, "--resume", "--out", "lost", "--steps", "50")
+    for optimizers, word in ([muon | {"state": {}}, adamw], "momentum"), ([muon], "shorter"):
+        torch.save(saved | {"optimizers": optimizers}, "lost/checkpoint.pt")
+        refuses(["lost", word], capsys, run, "--resume", "--out", "lost", "--steps", "50")
     torch.save(saved | {"step": Hostile()}, "hostile.pt")
     with pytest.raises(UserError, match="hostile.pt is not a checkpoint"):
         common.load_checkpoint("hostile.pt")
@@ -503,10 +571,6 @@ def test_a_checkpoint_with_something_else_inside_is_one_line(change, words, fini
         ("--tokenizer nothing/here", ["nothing/here"]),
         ("--resume --out no", ["no/checkp"]),
         ("--resume --out out --d 48", ["--d 24", "48", "--init"]),
-        ("--resume --out out --objective sum", ["--objective mixed", "sum"]),
-        ("--resume --out out --shares 1,1,1", ["--shares (3, 2, 1)", "(1, 1, 1)"]),
-        ("--resume --out out --batch 6", ["--batch 12", "6"]),
-        ("--resume --out out --seed 1", ["--seed 0", "1"]),
         ("--resume --out old", ["another version", "qkv_bias"]),
         ("--resume --out out --steps 2", ["40 steps", "--steps 2"]),
         ("--init out/checkpoint.pt --out out", ["another folder"]),

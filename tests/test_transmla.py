@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import pytest
@@ -464,20 +465,31 @@ def test_flags_that_cannot_be_for_this_model(
 def test_several_sizes_are_compared_and_the_last_is_saved_beside_the_gqa(
     original, monkeypatch, capsys
 ):
-    main_of(monkeypatch, *FLAGS, "--d-R", 4, "--d-c", "16,8", "--keep-gqa")
+    calibrate = {}
+    for name in ("importance", "second_moments"):
+        calibrate[name] = Mock(wraps=getattr(transmla, name))
+        monkeypatch.setattr(transmla, name, calibrate[name])
+    flags = "--budgets 6,4 --d-R 4 --d-c 16,8 --keep-gqa"
+    main_of(monkeypatch, *FLAGS, *flags.split())
     printed = capsys.readouterr().out
     rows = [line.split(" | ") for line in printed.splitlines() if "| pretrained_" in line]
     sizes = [[int(cell or 0) for cell in row[1:5]] for row in rows]
-    assert sizes == [[0, 0, 6, 96], [12, 12, 6, 96], [16, 4, 6, 80], [8, 4, 6, 48]]
+    exact = [[12, 12, m, 96] for m in (6, 4)]
+    cut_twice = [[d_c, 4, m, size] for d_c, size in ((16, 80), (8, 48)) for m in (6, 4)]
+    assert sizes == [[0, 0, 6, 96], *exact, *cut_twice]
 
     gqa, _ = common.load("out/transmla/gqa/checkpoint.pt", "cpu")
     assert error(gqa(TOKENS)[0], original(TOKENS).logits) < 1e-6
     mla, encoding = common.load("out/transmla/checkpoint.pt", "cpu")
     assert (mla.config.d_c, mla.config.d_R) == (8, 4)
-    text, _ = transmla.read_text("model/text.txt", 8192, encoding, 64)
-    losses = [mla(w[None, :-1], w[None, 1:])[1].item() for w in text]
-    right = math.exp(sum(losses) / len(losses))
-    assert float(rows[-1][5].strip(" |").replace(",", "")) == pytest.approx(right, abs=1e-3)
+    text, other = transmla.read_text("model/text.txt", 8192, encoding, 64)
+    for row, m in zip(rows[-2:], (6, 4)):
+        losses = [mla(w[None, :-1], w[None, 1:], m)[1].item() for w in text]
+        right = math.exp(sum(losses) / len(losses))
+        assert float(row[5].strip(" |").replace(",", "")) == pytest.approx(right, abs=1e-3)
+    for name, call in calibrate.items():
+        assert torch.equal(call.call_args.args[1], other), f"{name} of the text to measure on"
+    assert not torch.equal(text, other)
 
 
 def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(
