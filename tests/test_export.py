@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 import common
 import export
-from data import END
 from matmla import GPT, Config
 from test_matmla import TIGHT, error, make, randomized, some_tokens
+from tokenizer import END
 
-# For bytes; heads that divide d; a base that is nobody's default.
-SIZES = dict(vocab_size=300, d=48, context=128, rope_base=500.0)
+# For bytes; heads that divide d; a base that is nobody's default; the eps of latents there.
+SIZES = dict(vocab_size=300, d=48, context=128, rope_base=500.0, norm_eps=1e-6)
 PRESETS = {
     "tiny": dict(d=144, d_h=20, d_c=64, d_cq=88, d_R=16),
     "small": dict(d=384, d_h=32, d_c=112, d_cq=192, d_R=16),
