@@ -45,7 +45,7 @@ def statements(nodes):
 def test_every_file_has_at_most_as_many_statements_as_a_reader_can_bear():
     counts = {name: statements(nodes) for name, nodes in NODES.items()}
     assert not {name: counts[name] for name, (most, _) in HOUSE.items() if counts[name] > most}
-    assert sum(counts.values()) - counts["grade"] <= 2400
+    assert sum(counts.values()) - counts["grade"] <= 2450
     assert len((HERE / "matmla.py").read_text("utf-8").splitlines()) <= 540
 
 
