@@ -425,7 +425,7 @@ def test_a_resumed_run_keeps_its_model_its_objective_and_its_data(finished, caps
         flags = [flag, other.get(name) or str(2 * old + 2)]
         if name == "tie":
             flags = ["--no-tie"]
-        refuses([f"{flag} {old} "], capsys, run, "--resume", "--out", "out", *flags)
+        refuses([f"{flag} {old} ", "--init"], capsys, run, "--resume", "--out", "out", *flags)
     change = "--lr 0.1 --lr-adamw 0.2 --warmup 3 --steps 50 --eval-every 7 --micro-batch 5"
     _, args = train.settings(f"--resume --out out {change}".split())
     assert (args.lr, args.steps, args.d) == (0.1, 50, 24)
@@ -570,10 +570,10 @@ def test_a_checkpoint_with_something_else_inside_is_one_line(change, words, fini
         ("--device abacus", ["abacus"]),
         ("--tokenizer nothing/here", ["nothing/here"]),
         ("--resume --out no", ["no/checkp"]),
-        ("--resume --out out --d 48", ["--d 24", "48", "--init"]),
         ("--resume --out old", ["another version", "qkv_bias"]),
         ("--resume --out out --steps 2", ["40 steps", "--steps 2"]),
         ("--init out/checkpoint.pt --out out", ["another folder"]),
+        ("--init untied/checkpoint.pt --resume", ["--resume", "another folder"]),
         ("--resume --out untrained", ["--init"]),
         ("--init out/metrics.jsonl --out new2", ["out/metrics.jsonl"]),
         ("--init out/checkpoint.pt --out new2 --d 48", ["out/checkpoint.pt", "24", "48"]),
