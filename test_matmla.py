@@ -268,6 +268,13 @@ def test_parts_of_a_batch_may_differ_in_every_layer(attention):
     assert error(model(tokens, heads=[first, second])[0], torch.cat(alone)) < TIGHT
 
 
+@every_variant
+def test_the_same_heads_in_every_layer_are_bit_equal_to_one_number(attention):
+    model, tokens = make(attention, torch.float32), some_tokens()
+    for m in budgets_of(attention):
+        assert torch.equal(model(tokens, heads=[m] * 2)[0], model(tokens, heads=m)[0])
+
+
 @pytest.mark.parametrize("n_kv", [1, 2, 3])
 def test_nested_gqa_equals_oracle_at_every_multiple_of_its_groups(n_kv):
     model, tokens = make("nested_gqa", n_kv=n_kv), some_tokens()

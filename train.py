@@ -400,9 +400,7 @@ def restore(args, optimizers, world):
         ) from error
     if world.first:
         write_log(args.out, start["log"])  # a run may have been killed between its two files
-    log = start["log"]
-    if start["step"] < args.steps:
-        log = [line for line in log if "final" not in line]
+    log = [line for line in start["log"] if "final" not in line]  # a longer run has another
     return start["step"], log, seconds
 
 
@@ -527,7 +525,7 @@ def train(args):
         sigterm = heed_sigterm()
         if world.first:
             print(run, flush=True)
-        if run.step == 0:
+        if not run.book.entries:  # a run that was stopped at step 0 has them
             run.measure()
             run.save()
         while run.step < args.steps:
