@@ -81,7 +81,7 @@ def speed(converter):
         path = Path(folder, "checkpoint.pt")
         random_checkpoint(path, **SIZES)
         model, encoding = load(path, "cpu")
-        theirs = to_transformers(model, 8)
+        theirs = to_transformers(model, 8, encoding.eot_token)
         theirs.save_pretrained(folder)
         to_tokenizer(encoding, SIZES["context"]).save_pretrained(folder)
         server = start(Path(folder), converter, SIZES["context"])
