@@ -8,10 +8,10 @@ MLA, and MatMLA read by its first m heads, is a DeepSeek-V3 of m heads without e
 are Llamas; so are nested MHA and nested GQA at m heads. Weights only change their names and places.
 
     python export.py out/checkpoint.pt --heads 8 --for vllm --out out/vllm8
-    vllm serve out/vllm8
 
-vLLM computes latents of the width of DeepSeek-V3's and no other, and heads of few widths. For it,
-the folder has zeros in the free places. It says the same, and its cache is as wide as theirs.
+vLLM computes latents of DeepSeek-V3's width and of few others, and heads of few widths. For it, the
+folder has zeros in the places that are free. It says the same, but its cache is as wide as
+DeepSeek-V3's. tests/serve_vllm.py shows it at work, and what vLLM needs on a CPU.
 """
 
 from dataclasses import replace
@@ -56,13 +56,12 @@ def widen(w, c, wide):
     """The weights w of an attention in Config c, for the larger widths of Config wide.
 
     Zeros fill up, and two things make up for what they change. The softmax scale is one over the
-    root of the width, so queries grow. RoPE turns pair i of n by base^(-2i/n): it becomes pair
-    i·wide/n of the wide ones, which turns as fast.
+    root of the width, so queries grow by the root of what the width grows by. RoPE turns pair i of
+    n numbers by base^(-2i/n): it becomes pair i·wide/n of the wider ones, which turns as fast.
     """
     latent = "mla" in c.attention
-    turned, wide_turned = (c.d_R, wide.d_R) if latent else (c.d_h, wide.d_h)
-    pair = 2, 2 * wide_turned // turned
     head = c.d_h, wide.d_h
+    pair = 2, 2 * (wide.d_R // c.d_R if latent else wide.d_h // c.d_h)
     wide_O = fill_up(w["W_O"].T, *head).T
     if not latent:
         return {
@@ -99,12 +98,9 @@ def deepseek(w, c, m):
         """Rows of the first head from each weight, then of the next."""
         return torch.cat([w[name].unflatten(0, (c.n_h, -1))[:m] for name in names], 1).flatten(0, 1)
 
-    if c.d_cq:
-        queries = {"q_a_proj": w["W_DQ"], "q_a_layernorm": w["norm_Q"]}
-        queries["q_b_proj"] = heads("W_UQ", "W_QR")
-    else:
-        queries = {"q_proj": heads("W_UQ", "W_QR")}
-    return queries | {
+    query_latent = {"q_a_proj": w["W_DQ"], "q_a_layernorm": w["norm_Q"]} if c.d_cq else {}
+    return query_latent | {
+        "q_b_proj" if c.d_cq else "q_proj": heads("W_UQ", "W_QR"),
         "kv_a_proj_with_mqa": torch.cat((w["W_DKV"], w["W_KR"])),
         "kv_a_layernorm": w["norm_KV"],
         "kv_b_proj": heads("W_UK", "W_UV"),

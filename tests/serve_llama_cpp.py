@@ -47,15 +47,15 @@ def start(folder, converter, context):
     return xllamacpp.Server(params)
 
 
-def complete(server, prompt, n):
+def complete(server, prompt, n, **more):
     """The answer to a prompt, n greedy tokens long."""
-    request = dict(prompt=prompt, n_predict=n, temperature=0, ignore_eos=True, logprobs=1)
-    return server.handle_completions(request | dict(verbose=True, return_tokens=True))
+    request = dict(prompt=prompt, n_predict=n, temperature=0, ignore_eos=True)
+    return server.handle_completions(request | more)
 
 
 def greedy(server, prompt):
     """NEW tokens and their log-probabilities: it has none of tokens that end inside of a letter."""
-    answer = complete(server, prompt, NEW)
+    answer = complete(server, prompt, NEW, logprobs=1, verbose=True, return_tokens=True)
     tokens, told = answer["__verbose"]["tokens"], answer["choices"][0]["logprobs"]["content"]
     log_probs = []
     for token in tokens:
@@ -81,7 +81,7 @@ def speed(converter):
         path = Path(folder, "checkpoint.pt")
         random_checkpoint(path, **SIZES)
         model, encoding = load(path, "cpu")
-        theirs = to_transformers(model, 8)
+        theirs = to_transformers(model, 8, encoding.eot_token)
         theirs.save_pretrained(folder)
         to_tokenizer(encoding, SIZES["context"]).save_pretrained(folder)
         server = start(Path(folder), converter, SIZES["context"])
@@ -100,7 +100,7 @@ def speed(converter):
             ours = milliseconds(after, model.step, 8, cache)
             cache.rewind(length)
             slow = milliseconds(after, theirs, past_key_values=other)
-            other.crop(length)
+            other.crop(-STEPS)
             turns.append((timings["predicted_ms"] / timings["predicted_n"], ours, slow))
         table.add(
             {

