@@ -1,16 +1,8 @@
-<<<<<<< HEAD
-"""A decoding step of MatMLA, read absorbed, beside the same model exported to transformers.
-
-    PYTHONPATH=. python assets/beside_transformers.py
-
-One thread, random weights, 250 tokens; nine turns of 50 steps each, of which two warm up.
-=======
 """One decoding step of MatMLA, read absorbed, beside the same model exported to transformers.
 
     PYTHONPATH=. python assets/beside_transformers.py
 
 They take turns of 50 steps each.
->>>>>>> export
 """
 
 from statistics import median
@@ -47,24 +39,6 @@ torch.set_num_threads(1)
 model = GPT(Config()).eval()
 theirs = to_transformers(model, HEADS)
 for batch in 1, 8:
-<<<<<<< HEAD
-    ratios = []
-    for _turn in range(9):
-        x = torch.randint(257, (batch, 250))
-        cache, other = model.new_cache(batch, 250), DynamicCache(config=theirs.config)
-        tokens = x[:, 200:].split(1, 1)
-        with torch.inference_mode():
-            model.step(x[:, :200], 12, cache)
-            theirs(x[:, :200], past_key_values=other)
-            start = perf_counter()
-            ours = [model.step(token, 12, cache) for token in tokens]
-            middle = perf_counter()
-            same = [theirs(token, past_key_values=other).logits[:, 0] for token in tokens]
-            ratios.append((perf_counter() - middle) / (middle - start))
-        assert (torch.stack(ours) - torch.stack(same)).abs().max() < 1e-5
-    print(f"batch {batch}: a step in transformers takes {median(ratios[2:]):.2f} times as long")
-=======
     tokens = torch.randint(257, (batch, PREFIX + STEPS))
     ratio = median([turn(model, theirs, tokens) for _ in range(9)][2:])  # the first two warm up
     print(f"batch {batch}: a step in transformers takes {ratio:.2f} times as long as here")
->>>>>>> export

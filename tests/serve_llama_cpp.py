@@ -41,7 +41,7 @@ def start(folder, converter, context):
     params.n_parallel = 1
     params.warmup = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    # Its defaults keep and read the cache in float16, which moves log-probabilities by 0.01.
+    # By default it uses flash attention, which moved log-probabilities by 0.01.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
