@@ -88,7 +88,7 @@ def make_parser():
         help="how often each budget has its turn, like 2,1,1; by default "
         "in proportion to its heads",
     )
-    add("--steps", default=500, type=positive, help="optimizer steps")
+    add("--steps", default=450, type=positive, help="optimizer steps")
     add("--batch", default=6, type=positive, help="sequences per step")
     add("--micro-batch", default=64, type=positive, help="sequences per pass and device, at most")
     add("--lr", default=0.005, type=float, help="peak rate of Muon: matrices inside the blocks")

@@ -318,7 +318,7 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
 
     start = "--init out/checkpoint.pt --out new --device cpu --data text "
     _, args = train.settings((start + "--context 16").split())
-    assert (args.d, args.context, args.encoding, args.steps) == (24, 16, "bytes", 500)
+    assert (args.d, args.context, args.encoding, args.steps) == (24, 16, "bytes", 450)
     run(*(start + "--steps 1").split())
     assert log_of("new")[0]["val_loss"] == lines[8]["val_loss"]
     optimizers = common.load_checkpoint("new/checkpoint.pt")["optimizers"]
