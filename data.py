@@ -1,230 +1,281 @@
-"""Texts become tokens on disk (`prepare`), are read as arrays (`read_tokens`) and cut into batches (`windows`)."""
+"""Texts become tokens on disk (prepare), arrays (read_tokens), and batches (windows)."""
 
 import hashlib
+import io
 import json
 import logging
+import os
 import shutil
+import sys
 import sysconfig
 from itertools import groupby, islice, takewhile
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
-END = "<|endoftext|>"  # between documents
-TYPES = (
-    np.dtype(np.uint16),
-    np.dtype(np.uint32),
-)  # of tokens on disk: the second for a vocabulary over 2^16
+from tokenizer import UserError, explained, get_encoding
+
+# Folders of the standard library that are not read
+SKIP = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
+KINDS = (".txt", ".jsonl", ".parquet")  # of files with texts
+PART = 2**16  # characters of a text, and the rest of their line, are held at once
 
 
-def get_encoding(name):
-    """`bytes`: 256 tokens that never merge; `gpt2`: GPT-2's vocabulary; a dict: a pretrained model's Tokenizer."""
-    if isinstance(name, dict):
-        from pretrained import Tokenizer  # needed only here
+def find_files(data):
+    """The files of `data` to read, and those that are left out, both sorted.
 
-        return Tokenizer(**name)
-    if name is None:
-        raise ValueError(
-            "this model came without a tokenizer, so it knows token numbers, but no text"
-        )
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={END: 256}
-        )
-    try:
-        return tiktoken.get_encoding(name)  # downloaded once
-    except OSError as error:
-        raise OSError(
-            f"the GPT-2 vocabulary cannot be downloaded ({type(error).__name__}): run this once with a "
-            "network, or set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine that has it"
-        ) from None
-
-
-def text_files(data):
-    """The text files of `data`, sorted; [] if nothing here has this name. OSError: no such file, or an empty folder."""
+    Both lists are empty if `data` may be a name on the hub: nothing here is named so. UserError
+    if a file is missing or of another kind, or if a folder has none of our kinds.
+    """
     if data == "stdlib":  # the reader's own: about 480 files, 9 MB
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {
-            "test",
-            "tests",
-            "idlelib",
-            "lib2to3",
-            "encodings",
-            "site-packages",
-            "dist-packages",
-        }
-        return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    path, kinds = Path(data), (".txt", ".jsonl", ".parquet")
-    files = sorted(
-        p
-        for p in path.rglob("*")
-        if p.suffix in kinds
-        and p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    )
-    if not files and (path.is_dir() or path.suffix in kinds and not path.exists()):
-        raise FileNotFoundError(
-            f"no file {path}, and no .txt, .jsonl or .parquet files in a folder of that name"
-        )
-    return files or [path] * path.exists()
+        files = [p for p in root.rglob("*.py") if not SKIP & set(p.relative_to(root).parts)]
+        return sorted(files), []
+
+    path = Path(data)
+
+    def is_hidden(p):  # a file that is named itself is not
+        return any(part.startswith(".") for part in p.relative_to(path).parts)
+
+    in_folder = (p for p in path.rglob("*") if not p.is_dir() or p.is_symlink())
+    found = [path] if path.is_file() else sorted(in_folder)
+    files = [p for p in found if p.suffix.lower() in KINDS and not is_hidden(p)]
+    if not files and (path.exists() or path.suffix.lower() in KINDS):
+        raise UserError(f"no {', '.join(KINDS)} file {path}, and none in a folder of that name")
+    return files, sorted(set(found) - set(files), key=lambda p: (is_hidden(p), p))
 
 
-def read(source):
-    """The rows of a .jsonl or .parquet file or a data set on the hub, as dicts. Of any other file the text, in strings
-    of 2^16 characters and the rest of their line, so that a long one is never held whole. Only the last is shorter."""
+def rows(source):
+    """The rows of a .jsonl or .parquet file, or of a data set on the hub, as dicts."""
     if isinstance(source, str):
         import datasets  # slow to import
 
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # our own line says it
-        name, _, config = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-10BT"}.get(
-            source, source
-        ).partition(":")
+        name = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-10BT"}.get(source, source)
+        name, _, config = name.partition(":")
         yield from datasets.load_dataset(name, config or None, split="train", streaming=True)
-    elif source.suffix == ".parquet":
+    elif source.suffix.lower() == ".parquet":
         from pyarrow.parquet import ParquetFile  # comes with datasets
 
         with ParquetFile(source) as file:
-            for batch in file.iter_batches(
-                1000, columns=["text"] if "text" in file.schema_arrow.names else None
-            ):
+            columns = ["text"] if "text" in file.schema_arrow.names else None
+            # One by one: a row may be a book.
+            for batch in file.iter_batches(1, columns=columns, use_threads=False):
                 yield from batch.to_pylist()
     else:
-        with open(source, encoding="utf-8") as file:
-            if source.suffix == ".jsonl":
-                yield from (dict(json.loads(line)) for line in file if line.strip())
-            else:
-                while len(part := file.read(2**16)) == 2**16:
-                    yield part + file.readline(2**16)
-                yield part  # an empty file is a document, too
+        with open(source, encoding="utf-8-sig") as file:
+            for line in file:
+                if line.strip():
+                    yield json.loads(line)
+
+
+def parts(file):
+    """Pairs of a part of an open text and True if it is the last: a book is never held whole."""
+    following = file.read(PART)
+    is_last = False
+    while not is_last:
+        part = following + file.readline(PART)
+        following = file.read(PART)
+        is_last = not following
+        yield part, is_last
+
+
+def read(source):
+    """Pairs of a part of a text in a file, or on the hub, and True if it is the text's last."""
+    if isinstance(source, Path) and source.suffix.lower() not in (".jsonl", ".parquet"):
+        with open(source, encoding="utf-8-sig") as file:  # a byte order mark is no text
+            yield from parts(file)
+        return
+    for number, row in enumerate(rows(source), start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("text", 0), str | None):
+            raise ValueError(f"row {number} has no 'text' that is a string, not bytes: {row}")
+        if row["text"]:  # a row may have none
+            yield from parts(io.StringIO(row["text"]))
 
 
 def texts(data):
-    """Pairs of a text of `data` and True where a document ends: a long .txt comes in parts. OSError: no such data."""
-    for source in text_files(data) or [data]:
-        try:
-            for number, row in enumerate(read(source)):
-                if isinstance(row, str):
-                    yield row, len(row) < 2**16
-                elif (
-                    not isinstance(row.get("text"), str | None) or number == 0 and "text" not in row
-                ):
-                    raise ValueError(
-                        f"row {number + 1} has no string named 'text', only {', '.join(row)}"
-                    )
-                elif row.get("text"):  # later rows may have none
-                    yield row["text"], True
-        except Exception as error:  # whatever is wrong with the data of others
-            cure = (
-                ""
-                if isinstance(source, Path)
-                else (
-                    ": no file here, so the Hugging Face hub was asked; without a network, --data takes .parquet files"
-                )
-            )
-            raise OSError(f"cannot read {source}{cure} ({type(error).__name__}: {error})") from None
+    """Pairs of a part of a text of `data` and True if it is the text's last.
+
+    One line on stderr names files of a folder that are left out. UserError: data of another kind.
+    """
+    files, others = find_files(data)
+    if others:
+        some = ", ".join(map(str, others[:3]))
+        count = f"{len(others)} of {len(files) + len(others)} files"
+        line = f"{data}: left out {count}, hidden or not {', '.join(KINDS)}, such as {some}"
+        tqdm.write(line, file=sys.stderr)
+    for source in files or [data]:
+        where = "" if files else ", which is no file here, from the Hugging Face hub"
+        with explained(f"cannot read {source}{where}"):
+            yield from read(source)
 
 
 def encode(data, encoding):
-    """Pairs of a document's number and the tokens of the next part of it. In front of its first part stands what a
-    pretrained model wants there, behind its last part the end of text."""
-    end, front = [encoding.eot_token], len(encoding.encode_ordinary(""))
-    parts, number, skip = texts(data), 0, 0
-    while batch := list(islice(parts, 128)):  # at once, they are work for several threads
-        for tokens, (_, ended) in zip(
-            encoding.encode_ordinary_batch([text for text, _ in batch]), batch
-        ):
-            yield number, tokens[skip:] + end * ended
-            number, skip = (number + 1, 0) if ended else (number, front)
+    """Pairs of a document's number and the tokens of the next part of it.
+
+    In front of its first part stands what a pretrained model wants there, behind its last part
+    the end of text.
+    """
+    front = len(encoding.encode_ordinary(""))
+    pairs = texts(data)
+    number = 0
+    is_first = True
+    while batch := list(islice(pairs, 128)):  # at once, they are work for several threads
+        found = encoding.encode_ordinary_batch([part for part, _ in batch])
+        for tokens, (_, is_last) in zip(found, batch):
+            skip = 0 if is_first else front
+            end = [encoding.eot_token] if is_last else []
+            yield number, tokens[skip:] + end
+            if is_last:
+                number += 1
+            is_first = is_last
+
+
+def item_type(vocab_size):
+    """The type of a token on disk."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def prepare(data, encoding_name, tokens, vocab_size):
-    """Folder with train.bin and val.bin of `data`, made unless it is there. It ends after so many `tokens`; 0: has all.
-    One document in 200 is held out in val.bin, one in 20 of the standard library; of few or short documents, the last
-    20th of all tokens. A document equal to an earlier one is left out, so that no text is on both sides."""
+    """The folder with train.bin and val.bin of `data`, which is made unless it is there.
+
+    It ends after so many `tokens`; 0: it has all. One document in 200 is held out in val.bin, one
+    in 20 of the standard library; of few or short documents, the last 20th of all tokens. A
+    document equal to an earlier one is left out, so that no text is on both sides.
+    UserError if the data cannot be read, or the tokens cannot be written: then nothing is kept.
+    """
     if Path(data, "train.bin").exists():
         return Path(data)
-    kind = TYPES[vocab_size > 2**16]  # as read_tokens finds it
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(data)]
-    version = hashlib.sha1(repr((data, encoding_name, tokens, kind, stamps)).encode()).hexdigest()[
-        :8
-    ]
-    folder = Path("data", f"{Path(data).stem}-{version}")
+    kind = item_type(vocab_size)
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in find_files(data)[0]]
+    version = hashlib.sha1(repr((data, encoding_name, tokens, kind, stamps)).encode()).hexdigest()
+    folder = Path("data", f"{Path(data).stem}-{version[:8]}")
     if (folder / "train.bin").exists():
         return folder
-    parts, held_out, seen = (
-        encode(data, get_encoding(encoding_name)),
-        20 if data == "stdlib" else 200,
-        set(),
-    )
-    Path("data").mkdir(exist_ok=True)
-    with TemporaryDirectory(
-        prefix=f"{folder.name}.", dir="data"
-    ) as own:  # another run may prepare the same
-        with (
-            tqdm(
-                desc="tokens",
-                unit="tok",
-                unit_scale=True,
-                total=tokens or None,
-                leave=False,
-                disable=None,
-            ) as bar,
-            open(Path(own, "train.bin"), "w+b") as train,
-            open(Path(own, "val.bin"), "w+b") as val,
-        ):
-            more = lambda _: not tokens or train.tell() + val.tell() < tokens * kind.itemsize
-            for number, document in groupby(takewhile(more, parts), lambda part: part[0]):
-                file = train if number % held_out else val  # whole documents are held out
-                start, digest = file.tell(), 0
-                for _, part in document:
-                    file.write(np.array(part, kind).tobytes())
-                    digest = hash((digest, *part))
-                    bar.update(len(part))
-                if digest in seen and data != "stdlib":  # only tiny ones are equal in the library
-                    file.truncate(file.seek(start))
-                seen.add(digest)
-            if len(seen) < held_out or val.tell() < 10_000 * kind.itemsize:  # few, or short
-                train.seek(0)
-                shutil.copyfileobj(train, val)
-                train, val = val, train  # now all is in train
-                cut = train.seek(train.tell() // kind.itemsize * 19 // 20 * kind.itemsize)
-                val.truncate(val.seek(0))
-                shutil.copyfileobj(train, val)
-                train.truncate(cut)
-        folder.mkdir(exist_ok=True)
-        Path(val.name).replace(folder / "val.bin")
-        Path(train.name).replace(folder / "train.bin")  # last: where it is, both are whole
+
+    encoding = get_encoding(encoding_name)
+    if encoding.n_vocab > vocab_size:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small (--vocab-size): the tokenizer has "
+            f"{encoding.n_vocab} tokens"
+        )
+    try:
+        Path("data").mkdir(exist_ok=True)
+        # Another run may prepare the same, so each has a folder of its own until all is written.
+        with TemporaryDirectory(prefix=f"{folder.name}.", dir="data") as own:
+            write_tokens(data, encoding, tokens, kind, Path(own))
+            folder.mkdir(exist_ok=True)
+            # train.bin is the last: where it is, both are whole.
+            Path(own, "val.bin").replace(folder / "val.bin")
+            Path(own, "train.bin").replace(folder / "train.bin")
+    except OSError as error:
+        raise UserError(f"cannot write the tokens of {data} in {folder} ({error})") from error
     return folder
 
 
+def write_tokens(data, encoding, most, kind, folder):
+    """Write train.bin and val.bin, as `prepare` says."""
+    one_in = 20 if data == "stdlib" else 200
+    seen = set()
+    with (
+        tqdm(unit="tok", unit_scale=True, total=most or None, leave=False, disable=None) as bar,
+        open(folder / "train.bin", "wb") as train,
+        open(folder / "val.bin", "wb") as val,
+    ):
+
+        def is_wanted(_):
+            return not most or train.tell() + val.tell() < most * kind.itemsize
+
+        pairs = takewhile(is_wanted, encode(data, encoding))
+        for number, document in groupby(pairs, key=itemgetter(0)):
+            file = train if number % one_in else val  # whole documents are held out
+            start = file.tell()
+            digest = 0
+            for _, part in document:
+                content = np.array(part, kind).tobytes()
+                file.write(content)
+                digest = hash((digest, content))
+                bar.update(len(part))
+            if digest in seen and data != "stdlib":  # only tiny ones are equal in the library
+                file.truncate(file.seek(start))
+            seen.add(digest)
+        held_out = val.tell() // kind.itemsize
+    if len(seen) < one_in or held_out < 10_000:  # few, or short
+        hold_out_tail(folder, kind.itemsize)
+    for name in ("train.bin", "val.bin"):
+        with open(folder / name, "r+b") as file:
+            os.fsync(file.fileno())  # now they are on the disk
+
+
+def hold_out_tail(folder, itemsize):
+    """Put all tokens into train.bin, and then the last 20th of them into val.bin."""
+    with open(folder / "val.bin", "ab") as file, open(folder / "train.bin", "rb") as rest:
+        shutil.copyfileobj(rest, file)
+    (folder / "val.bin").replace(folder / "train.bin")
+    with open(folder / "train.bin", "r+b") as file, open(folder / "val.bin", "wb") as tail:
+        count = file.seek(0, os.SEEK_END) // itemsize
+        cut = file.seek(count * 19 // 20 * itemsize)
+        shutil.copyfileobj(file, tail)
+        file.truncate(cut)
+
+
 def read_tokens(folder, context, vocab_size):
-    """train.bin and val.bin as arrays on disk. ValueError if one has too few tokens for a window, or a token outside
-    the vocabulary."""
-    both, kind = [], TYPES[vocab_size > 2**16]
-    for path in (folder / "train.bin", folder / "val.bin"):
-        size = path.stat().st_size // kind.itemsize if path.exists() else 0
-        if size <= context:
-            raise ValueError(
-                f"{path} has {size} tokens, more than the context of {context} are needed"
+    """train.bin and val.bin as arrays on disk.
+
+    UserError if a file was cut, is too short for a window, or has a token outside the vocabulary.
+    """
+    both = []
+    kind = item_type(vocab_size)
+    for path in (Path(folder, "train.bin"), Path(folder, "val.bin")):
+        size = path.stat().st_size if path.exists() else 0
+        if size % kind.itemsize:
+            raise UserError(f"{path} was cut: {size} bytes are no multiple of {kind.itemsize}")
+        if size // kind.itemsize <= context:
+            raise UserError(
+                f"{path} has {size // kind.itemsize} tokens, more than the context of {context} "
+                "are needed"
             )
-        both.append(np.memmap(path, kind, "r"))
-        if (top := both[-1].max()) >= vocab_size:
-            raise ValueError(
-                f"{path} has token {top}, outside the vocabulary of {vocab_size} (--vocab-size)"
+        tokens = np.memmap(path, kind, "r")
+        if tokens.max() >= vocab_size:
+            raise UserError(
+                f"{path} has token {tokens.max()}, outside the vocabulary of {vocab_size} "
+                "(--vocab-size)"
             )
+        both.append(tokens)
     return both
 
 
+def fingerprint(folder):
+    """What tells the tokens in a folder from others: sizes in bytes, and a digest.
+
+    It reads 64 evenly spaced blocks of a large file, so that it takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    sizes = []
+    for name in ("train.bin", "val.bin"):
+        content = np.memmap(Path(folder, name), np.uint8, "r")
+        sizes.append(len(content))
+        for start in range(0, len(content), max(4096, len(content) // 64)):
+            digest.update(content[start : start + 4096])
+    return {"bytes": sizes, "sha256": digest.hexdigest()}
+
+
 def windows(tokens, starts, context, device):
-    """Inputs and targets [len(starts), context]: `context` tokens from each start on, and for each the one after it."""
-    both = torch.from_numpy(
-        np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64)
-    )
+    """Inputs and targets [len(starts), context], int64.
+
+    These are `context` tokens from each start on, and for each the one after it. UserError if the
+    file of the tokens was cut meanwhile, which would end the process without a message.
+    """
+    on_disk = isinstance(tokens, np.memmap)
+    size = os.path.getsize(tokens.filename) if on_disk else tokens.nbytes
+    if size < tokens.nbytes:
+        raise UserError(f"{tokens.filename} was cut from {tokens.nbytes} to {size} bytes")
+    both = np.stack([tokens[i : i + context + 1] for i in starts])
+    both = torch.from_numpy(both.astype(np.int64))
     if device.type == "cuda":
         both = both.pin_memory().to(device, non_blocking=True)  # the copy does not wait for the GPU
     return both[:, :-1].to(device), both[:, 1:].to(device)

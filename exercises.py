@@ -1,92 +1,115 @@
 """
-Write my_matmla.py, a copy of matmla.py in which the bodies of 14 exercises are left for you to write.
+Write mine/matmla.py: a copy of matmla.py with the bodies of 16 exercises left for you to write.
 
-    python exercises.py [FILE]
-    python -m pytest test_matmla.py -k exercise      says what is done, what is wrong, and where
+    python exercises.py
+    python grade.py mine/matmla.py      says what is done, what is wrong, and where
 
-Any order is fine: each exercise is graded with the rest of the file as it was. A copy by another name is graded
-and trained with MATMLA in front, as in: MATMLA=mine python -m pytest test_matmla.py -k exercise
+Any order is fine: an exercise is graded with the rest of the file as it was. Once 1 to 12 are done,
+your file trains. `python -m` looks for matmla.py in the folder that you are in, first of all:
+
+    cd mine && PYTHONPATH=.. python -m train
 """
 
-import argparse
 import ast
-import os
-import re
+import inspect
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from common import Parser
+
+MATMLA = Path(__file__).with_name("matmla.py")
 EXERCISES = {  # title: {function: hint}
-    "RoPE": {"rope": "The angles want float32 at least; the result has the dtype of x."},
-    "softmax attention": {
-        "attend": "Query i stands at positions[i], and sees no token behind that."
+    "RoPE": {
+        "rope": "About 6 lines. The angles want float32 at least; the result has the dtype of x."
     },
-    "the first m heads": {"to_heads": "What other heads would make must not be computed."},
+    "softmax attention": {
+        "attend": "About 10 lines. Query i stands at positions[i], and sees no token behind that."
+    },
+    "the first m heads": {
+        "to_heads": "About 1 line. What other heads would make must not be computed."
+    },
     "multi-head attention": {
-        "MHA.write": "In any order that your `read` understands, also where it reads fewer heads.",
-        "MHA.read": "A row may hold more than m heads. `attend` does (7).",
+        "MHA.write": "About 3 lines. A row goes head by head: the key of a head, then its value.",
+        "MHA.read": "About 5 lines. A row may hold more heads than m. GQA reads with this, too.",
     },
     "the cache": {
-        "Cache.append": "The memory is there already. What is refused must change nothing."
+        "Cache.append": "About 7 lines. The memory is there. What is refused must change nothing."
     },
     "grouped queries": {
-        "GQA.write": "MHA's `read` reads it: group after group, each its key, then its value."
+        "GQA.write": "About 1 line. A row goes group by group: its key, then its value."
     },
-    "the latent and the decoupled key": {"Latent.write": "A row is c_KV, then k_R."},
+    "the latent and the decoupled key": {"Latent.write": "About 4 lines. A row is c_KV, then k_R."},
     "latent queries": {
-        "MLA.queries": "Return two tensors, q_C and q_R, ready to be compared with keys."
+        "MLA.queries": "About 4 lines. Return two tensors, q_C and q_R, ready to meet their keys."
     },
     "latent attention": {
-        "MLA.read": "Make every key and value from the rows. self.scale is the softmax scale."
+        "MLA.read": "About 8 lines. Make every key and value. self.scale is that of the scores."
     },
     "absorption": {
-        "MLA.read_absorbed": "The same, but no key or value is made: q_C and what was read change instead."
+        "MLA.read_absorbed": "About 9 lines. The same result, but no key and no value is made."
     },
     "the mixed objective": {
-        "Attention.forward": "What is done once for all, what for each part? When does a cache call for read_absorbed?",
-        "mixed_loss": "What do the parts share, and what is the loss of each?",
+        "Attention.forward": "About 12 lines. What is done once for all, and what for each part?",
+        "mixed_loss": "About 1 line. What do the parts share? What is the loss of each?",
     },
-    "cache arithmetic": dict.fromkeys(
-        ("MHA.numbers", "GQA.numbers", "Latent.numbers"), "Of a token, in one layer."
-    ),
+    "cache arithmetic": {
+        "MHA.row_width": "About 1 line.",
+        "GQA.row_width": "About 1 line.",
+        "Latent.row_width": "About 1 line.",
+    },
     "where absorption stops paying": {
-        "absorb_below": "Make k_C and v_C and use them T times, or use c_KV T times?"
+        "absorb_below": "About 1 line. Make k_C and v_C and use them T times, or use c_KV T times?"
     },
     "MatMLA at m heads is an MLA": {
-        "fixed_heads": "Which weights belong to heads, on which axis, how wide?"
+        "fixed_heads": "About 4 lines. Which weights belong to heads, on which axis, how wide?"
+    },
+    "nested GQA": {
+        "NestedGQA.read": "About 6 lines. `self.attend` lets *neighbouring* heads share a key."
+    },
+    "a budget for every token": {
+        "attend_per_token": "About 6 lines. Define a function here, and return it."
     },
 }
-AT_THE_END = '''
+SECRETS = {  # what else in matmla.py tells an answer: what stands there instead
+    """
+    absorbed: q_Cᵀ (W_UK c) = (W_UKᵀ q_C)ᵀ c    Σ_s p_s (W_UV c_s) = W_UV (Σ_s p_s c_s)""": "",
+    """
+        # A head reads a cached token for T new ones: absorbed in T·2·d_c multiplications; expanded
+        # in 2·d_c·d_h, to make k_C and v_C, and T·2·d_h, to use them. At this T they are equal.
+        self.absorb_below = c.d_c * c.d_h / (c.d_c - c.d_h) if c.d_c > c.d_h else torch.inf""": """
+        self.absorb_below = 0  # exercise 13 knows a better number""",
+}
+
 
 def mixed_loss(model, tokens, targets, budgets):
-    """Mean loss over all tokens [B, T], where every equal part of the batch is read with its own number of heads.
+    """Mean loss for targets [B, T], where every equal part of the batch has its own budget.
 
-    budgets: a tuple, one for every part, in order. The model runs once, for all of them together.
+    budgets: a tuple, one for each part, in order. The model runs once, for all of them together.
     """
 
 
 def absorb_below(d_c, d_h):
-    """The number T of new tokens, not rounded, at which both ways to read one latent cost the same.
+    """The number T of new tokens, a float, at which both ways to read the cache cost the same.
 
-    Fewer are cheaper to read absorbed. math.inf if absorbed is the cheaper for every T. Multiplications of one head
-    for one cached token are counted: those that make k_C and v_C, and those of scores and sums. What is the same both
-    ways (d_R), or does not grow with the cache, is not.
+    Fewer are cheaper to read absorbed. math.inf if absorbed is the cheaper for every T. Count the
+    multiplications of one head for one cached token: those that make k_C and v_C, and those of the
+    scores and sums. Leave out what is the same both ways (d_R) or does not grow with the cache.
     """
 
 
 def fixed_heads(model, m):
-    """A new model with attention "mla" and n_h = m, that computes what `model`, a MatMLA, does with m heads.
+    """A new model of attention "mla" with n_h = m, which computes what a MatMLA does with m heads.
 
-    model: GPT, left as it is. The new one has its other sizes, and no weight that m heads do not use.
+    model: the MatMLA, a GPT, left as it is. The new one has all its other sizes, weights of its own
+    and none that m heads do not use.
     """
 
 
-# To think about: MatMLA says only `nested = True`. What would its cache lose, if `Latent.write` made m · d_c numbers?
-'''
+def attend_per_token(heads):
+    """An `attend` for a layer of MatMLA, with which each token works with a budget of its own.
 
-
-def answers():
-    """The file that is graded: my_matmla.py, or the one that MATMLA names."""
-    return HERE / f"{os.environ.get('MATMLA', 'my_matmla').removesuffix('.py')}.py"
+    heads [B, T]: how many. The layer works with all heads, and what a token's idle heads read is
+    set to zero before W_O: section 5.3 of [1]. block.attention.attend = attend_per_token(heads)
+    """
 
 
 def definitions(tree):
@@ -96,62 +119,45 @@ def definitions(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = node
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{name}": inner for name, inner in definitions(node).items()}
+            for name, inner in definitions(node).items():
+                found[f"{node.name}.{name}"] = inner
     return found
 
 
-def is_blank(function):
-    """Whether it still says only: raise NotImplementedError(...)."""
-    body = function.body[1:] if ast.get_docstring(function) else function.body
-    return len(body) == 1 and ast.unparse(body[0]).startswith(
-        "raise NotImplementedError('exercise "
-    )
-
-
 def blank(text):
-    """The text of matmla.py with the exercises: functions keep signature and docstring, but not their body."""
-    text = re.sub(r"\n    absorbed: .*", "", text)  # this line of MLA's docstring is an answer
-    text = re.sub(
-        r"self\.short = .*", "self.short = 0              # exercise 13 knows a better number", text
-    )
-    text = re.sub(
-        r"(short = 0 .*?) T than this are read absorbed: .*\n.*",
-        r"\1 than this are read absorbed",
-        text,
-    )
-    text += AT_THE_END
-    lines, nodes = text.splitlines(), definitions(ast.parse(text))
+    """The text of matmla.py as exercises: functions keep signature and docstring, not the body."""
+    for secret, instead in SECRETS.items():
+        assert secret in text, f"matmla.py no longer says {secret}"
+        text = text.replace(secret, instead)
+    for function in mixed_loss, absorb_below, fixed_heads, attend_per_token:
+        text += "\n\n" + inspect.getsource(function)
+
+    lines = text.splitlines()
+    nodes = definitions(ast.parse(text))
     edits = []
     for number, (title, functions) in enumerate(EXERCISES.items(), 1):
         for name, hint in functions.items():
             first = nodes[name].body[0]
+            indent = " " * first.col_offset
+            todo = [f"# {hint}", f'raise NotImplementedError("exercise {number}: {title}")']
             start = first.end_lineno if ast.get_docstring(nodes[name]) else first.lineno - 1
-            todo = f"# {hint}", f'raise NotImplementedError("exercise {number}: {title}")'
-            edits.append(
-                (start, nodes[name].end_lineno, [" " * first.col_offset + line for line in todo])
-            )
-    for start, end, todo in sorted(edits, reverse=True):
+            edits.append((start, nodes[name].end_lineno, [indent + line for line in todo]))
+    for start, end, todo in sorted(edits, reverse=True):  # from the end, so that numbers hold
         lines[start:end] = todo
     return "\n".join(lines) + "\n"
 
 
+def write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "x", encoding="utf-8") as file:  # what is there stays
+        file.write(blank(MATMLA.read_text("utf-8")))
+    print(f"{len(EXERCISES)} exercises are in {path}. To grade: python grade.py {path}", flush=True)
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "file", nargs="?", default="my_matmla.py", help="where to write; what is there stays"
-    )
-    path = Path(parser.parse_args().file)
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(blank((HERE / "matmla.py").read_text("utf-8")))
-    except OSError as error:
-        parser.exit(2, f"exercises.py: nothing was written: {error}\n")
-    which = "" if path.name == "my_matmla.py" else f"MATMLA={path.stem} "
-    print(
-        f"{len(EXERCISES)} exercises are in {path}. To grade: {which}python -m pytest test_matmla.py -k exercise"
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default="mine/matmla.py", help="to write")
+    parser.run(write, parser.parse_args().file)
 
 
 if __name__ == "__main__":

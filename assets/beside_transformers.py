@@ -1,6 +1,8 @@
-"""One decoding step of MatMLA, read absorbed, beside the same model exported to transformers, in turns of 50 steps.
+"""One decoding step of MatMLA, read absorbed, beside the same model exported to transformers.
 
-PYTHONPATH=. python assets/beside_transformers.py
+    PYTHONPATH=. python assets/beside_transformers.py
+
+They take turns of 50 steps each.
 """
 
 from statistics import median
@@ -12,26 +14,31 @@ from transformers import DynamicCache
 from export import to_transformers
 from matmla import GPT, Config
 
+HEADS, PREFIX, STEPS = 12, 200, 50
+
+
+@torch.inference_mode()
+def turn(model, theirs, tokens):
+    """How many times as long theirs takes for the last STEPS tokens [B, PREFIX + STEPS]."""
+    cache, other = model.new_cache(*tokens.shape), DynamicCache(config=theirs.config)
+    prefix, rest = tokens[:, :PREFIX], tokens[:, PREFIX:].split(1, 1)
+    model.step(prefix, HEADS, cache)
+    theirs(prefix, past_key_values=other)
+
+    start = perf_counter()
+    ours = [model.step(token, HEADS, cache) for token in rest]
+    middle = perf_counter()
+    same = [theirs(token, past_key_values=other).logits[:, 0] for token in rest]
+    stop = perf_counter()
+    assert (torch.stack(ours) - torch.stack(same)).abs().max() < 1e-5
+    return (stop - middle) / (middle - start)
+
+
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = GPT(Config()).eval()
-theirs = to_transformers(model, 12)
+theirs = to_transformers(model, HEADS)
 for batch in 1, 8:
-    ratios = []
-    for turn in range(9):
-        x, cache = torch.randint(257, (batch, 250)), model.new_cache(batch, 250)
-        other = DynamicCache(config=theirs.config)
-        with torch.inference_mode():
-            model.step(x[:, :200], 12, cache), theirs(x[:, :200], past_key_values=other)
-            start = perf_counter()
-            ours = [model.step(token, 12, cache) for token in x[:, 200:].split(1, 1)]
-            middle = perf_counter()
-            same = [
-                theirs(token, past_key_values=other).logits[:, 0]
-                for token in x[:, 200:].split(1, 1)
-            ]
-            ratios.append((perf_counter() - middle) / (middle - start))
-        assert (torch.stack(ours) - torch.stack(same)).abs().max() < 1e-5
-    print(
-        f"batch {batch}: a step in transformers takes {median(ratios[2:]):.2f} times as long as here"
-    )
+    tokens = torch.randint(257, (batch, PREFIX + STEPS))
+    ratio = median([turn(model, theirs, tokens) for _ in range(9)][2:])  # the first two warm up
+    print(f"batch {batch}: a step in transformers takes {ratio:.2f} times as long as here")

@@ -1,15 +1,19 @@
-"""Texts, tokens and tokenizers: what data.py and the Tokenizer of pretrained.py promise."""
+"""Texts, tokens and tokenizers: what data.py promises."""
 
+import errno
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import data
+import tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +26,12 @@ def write(name, text):
     Path(name).write_text(text, "utf-8", "surrogateescape")
 
 
+def write_parquet(name, texts, **options):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"n": [0] * len(texts), "text": texts}), name, **options
+    )
+
+
 def prepared(name, tokens=0, encoding="bytes", vocabulary=2**16):
     both = data.read_tokens(data.prepare(name, encoding, tokens, vocabulary), 0, vocabulary)
     return [side.tolist() for side in both]
@@ -31,89 +41,113 @@ def tokens_of(*texts):
     return [token for text in texts for token in [*text.encode(), 256]]
 
 
-def tokenizer(template="$A", byte_level=True):
-    """All bytes, like GPT-2's or like SentencePiece's, and <s> and </s> around a text as in the template."""
-    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ByteLevel"]
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) if byte_level else pieces
-    made = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
-    )
+def a_tokenizer(template="$A", byte_level=True):
+    """All bytes, like GPT-2's or SentencePiece's, and <s> and </s> as the template has them."""
+    if byte_level:
+        pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+        decoder = decoders.ByteLevel()
+    else:  # the last of its decoders drops a space at the beginning of a text
+        pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b"]
+        steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+        decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
+    made = Tokenizer(model)
+    made.decoder = decoder
     made.normalizer = None if byte_level else normalizers.Replace(" ", "▁")
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level else None
     made.add_special_tokens(["<s>", "</s>"])
-    made.add_tokens(["señor", "<|begin▁of|>"])
-    made.post_processor = processors.TemplateProcessing(
-        template, special_tokens=[("<s>", 256), ("</s>", 257)]
-    )
+    ends = [(piece, made.token_to_id(piece)) for piece in ("<s>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(template, special_tokens=ends)
     made.enable_padding(direction="left", length=20)
-    return {"json": made.to_str(), "eot_token": 257}
+    made.enable_truncation(30)
+    return {"json": made.to_str(), "eot_token": made.token_to_id("</s>")}
 
 
-def test_a_name_is_not_a_pattern_and_what_begins_with_a_dot_is_no_data_unless_it_is_named():
+def test_a_folder_has_the_texts_of_our_kinds_and_names_what_is_left_out(capsys):
     for name in (
         "b/a1.txt",
         "b/a[1].txt",
         "c1/a.txt",
-        "c[1]/a.txt",
+        "c[1]/A.TXT",
+        "c[1]/s/b.jsonl.gz",
         ".h/a.txt",
-        ".h/.copies/a.txt",
-        ".h/b/.c.txt",
     ):
         write(name, name)
-    for name, right in (
-        ("b/a[1].txt",) * 2,
-        (".h/b/.c.txt",) * 2,
-        ("c[1]", "c[1]/a.txt"),
-        (".h", ".h/a.txt"),
+    for name in (".h/.copies/a.txt", ".h/b/.c.txt", ".h/README.md", ".h/d.csv", ".h/e.json"):
+        write(name, name)
+    for name, right, left_out in (
+        ("b/a[1].txt", "b/a[1].txt", []),
+        (".h/b/.c.txt", ".h/b/.c.txt", []),
+        ("c[1]", "c[1]/A.TXT", ["1 of 2 files", "c[1]/s/b.jsonl.gz"]),
+        (".h", ".h/a.txt", ["5 of 6 files", ".h/README.md, .h/d.csv, .h/e.json"]),
     ):
         assert list(data.texts(name)) == [(right, True)]
+        line = capsys.readouterr().err
+        assert all(words in line for words in left_out) and line.count("\n") == bool(left_out)
 
 
-def test_only_the_text_column_is_read_also_from_the_hub(monkeypatch):
-    write("texts/1.jsonl", "")  # an empty first part
+def test_only_the_text_is_read_of_each_kind_and_from_the_hub(monkeypatch):
+    write("texts/1.jsonl", "")
     write(
-        "texts/2.jsonl",
-        '{"text": "a", "n": 1}\n{"text": "b", "n": "one"}\n\n{"n": 1}\n{"text": null}\n',
+        "texts/2.JSONL",
+        '\ufeff{"text": "a", "n": 1}\n{"text": "b", "n": "one"}\n\n{"text": null}\n',
     )
-    maps = pyarrow.array([[("k", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int32()))
-    pyarrow.parquet.write_table(pyarrow.table({"map": maps, "text": ["c", "d"]}), "texts/3.parquet")
-    assert [text for text, _ in data.texts("texts")] == ["a", "b", "c", "d"]
-    assert list(data.read(Path("texts/3.parquet"))) == [{"text": "c"}, {"text": "d"}]
+    write_parquet("texts/3.PARQUET", ["c", "d"])
+    write("texts/4.txt", "\ufeffe")
+    write("texts/5.txt", "")  # a text, too
+    assert list(data.texts("texts")) == [(text, True) for text in ("a", "b", "c", "d", "e", "")]
+    assert list(data.rows(Path("texts/3.PARQUET"))) == [{"text": "c"}, {"text": "d"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *name, **_: [{"text": f"{name}", "n": 1}])
-    assert list(data.texts("owner/name:config")) == [("('owner/name', 'config')", True)]
+    ((name, _),) = data.texts("fineweb-edu")
+    assert name == "('HuggingFaceFW/fineweb-edu', 'sample-10BT')"
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(tokenizer.UserError, match="owner/name, .*no file here.*hub"):
+        next(data.texts("owner/name"))
 
 
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("missing.jsonl", "", "no file missing.jsonl"),
-        ("empty", "", "empty.*no .txt"),
-        ("number.jsonl", '{"text": 1}', "number.*'text'"),
-        ("string.jsonl", '"text"', "string.*dictionary"),
-        ("names.jsonl", '{"body": "a", "url": "x"}', "names.*'text'.*body, url"),
-        ("byte.txt", "\udc93", "byte.txt.*utf-8"),
+        ("missing.jsonl", "", "^no .*missing.jsonl"),
+        ("empty", "", "^no .*empty"),
+        ("table.csv", "text", "^no .*table.csv"),
+        ("number.jsonl", '{"text": "a"}\n{"text": 1}', "number.*row 2 .*: {'text': 1}"),
+        ("string.jsonl", '"text"', "string.*row 1 .*: text"),
+        ("names.jsonl", '{"body": "a", "url": "x"}', "names.*'text'.*body.*url"),
+        ("bytes.parquet", [b"a"], "a string, not bytes: .*b'a'"),
+        ("byte.txt", "\udc93", "byte.txt .Unicode.*utf-8"),
         ("half.jsonl", '{"text": "a"}\n{"text": ', "half.*JSON"),
         ("half.parquet", "PAR1", "half.parquet"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line_and_leaves_nothing(name, content, words):
     write("empty/a.md", "")
-    if content:
+    if isinstance(content, list):
+        write_parquet(name, content)
+    elif content:
         write(name, content)
-    with pytest.raises(OSError, match=words) as refused:
+    with pytest.raises(tokenizer.UserError, match=words) as refused:
         data.prepare(name, "bytes", 0, 258)
     assert "\n" not in str(refused.value) and not list(Path().glob("data/*"))
 
 
-def test_a_long_text_is_not_held_whole():
-    write("long.txt", "no line at all, é " * 300_000)
+def test_a_long_text_is_not_held_whole_and_of_a_table_one_row():
+    text = "no line at all, é " * 300_000
+    write("long.txt", text)
     tracemalloc.start()
-    size = sum(len(text) for text, _ in data.texts("long.txt"))
-    assert size == 300_000 * 18 and tracemalloc.get_traced_memory()[1] < size / 4
+    size = sum(len(part) for part, _ in data.texts("long.txt"))
+    assert size == len(text) and tracemalloc.get_traced_memory()[1] < size / 4
     tracemalloc.stop()
-    assert len(sum(prepared("long.txt", tokens=500), [])) < 200_000, (
-        "the rest of it is read for nothing"
-    )
+    assert sum(map(len, prepared("long.txt", tokens=500))) < 200_000, "the rest is read for nothing"
+    write("lines.txt", "a line\n" * 2**15)
+    assert {part[-7:] for part, _ in data.texts("lines.txt")} == {"a line\n"}
+    write("long.jsonl", json.dumps({"text": text}))
+    assert list(data.texts("long.jsonl")) == list(data.texts("long.txt"))
+
+    write_parquet("books.parquet", ["a" * 10**6] * 40, use_dictionary=False, write_batch_size=1)
+    before = pyarrow.total_allocated_bytes()
+    rows = data.texts("books.parquet")
+    assert next(rows) and pyarrow.total_allocated_bytes() - before < 10**7
 
 
 @pytest.mark.parametrize("dots", [6000, 0])
@@ -125,66 +159,145 @@ def test_one_document_in_200_is_held_out_of_short_ones_the_last_20th_and_no_text
     write("a.jsonl", "".join(json.dumps({"text": one}) + "\n" for one in copies))
     held, rest = tokens_of(some[0], some[200]), tokens_of(*some[1:200], *some[201:])
     cut = len(held + rest) * 19 // 20
-    assert prepared("a.jsonl") == (
-        [rest, held] if dots else [(held + rest)[:cut], (held + rest)[cut:]]
-    )
-    assert sum(prepared("a.jsonl", len(tokens_of(*some[:2])) + 1), []) == tokens_of(*some[:3]), (
-        "limit"
-    )
-    files = [path.read_text("utf-8") for path in data.text_files("stdlib")]  # one in 20 of these
-    assert len(files) > 300 and prepared("stdlib")[1] == tokens_of(*files[::20])
+    tail = [(held + rest)[:cut], (held + rest)[cut:]]
+    assert prepared("a.jsonl") == ([rest, held] if dots else tail)
+    most = len(tokens_of(*some[:2])) + 1
+    assert sum(prepared("a.jsonl", most), []) == tokens_of(*some[:3]), "limit"
+
+
+def test_one_file_in_20_of_the_standard_library_is_held_out():
+    files = [path.read_text("utf-8") for path in data.find_files("stdlib")[0]]
+    train, val = prepared("stdlib")
+    assert len(files) > 300 and val == tokens_of(*files[::20])
+    assert len(train + val) == len(tokens_of(*files))
 
 
 @pytest.mark.parametrize("size, kind", [(2**16, np.uint16), (2**16 + 5, np.uint32)])
-def test_tokens_are_of_the_type_that_the_vocabulary_needs_and_refused_outside_of_it_with_both_numbers(
-    size, kind
-):
+def test_tokens_have_the_type_that_the_vocabulary_needs_and_wrong_files_are_refused(size, kind):
     np.arange(size - 100, size, dtype=kind).tofile("train.bin")
     np.arange(99, dtype=kind).tofile("val.bin")
     assert prepared(".", vocabulary=size) == [[*range(size - 100, size)], [*range(99)]]
     for context, vocabulary, words in (
         (99, size, "val.* 99 tokens.* 99 "),
-        (50, size - 1, f"{size - 1}.* {size - 1} "),
+        (50, size - 1, f"train.* {size - 1}.* {size - 1} "),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(tokenizer.UserError, match=words):
             data.read_tokens(Path(), context, vocabulary)
-    write("a.txt", "a text")  # the tokenizer has 257
+    os.truncate("val.bin", 99)
+    with pytest.raises(tokenizer.UserError, match="val.* 99 bytes"):
+        data.read_tokens(Path(), 0, size)
+
+    write("a.txt", "a text")
     assert prepared("a.txt") == prepared("a.txt", vocabulary=size) == [[*b"a text"], [256]]
-    write("a.txt", "another text")  # is prepared, too
-    assert sum(prepared("a.txt"), []) == tokens_of("another text")
+    with pytest.raises(tokenizer.UserError, match="256 .*257"):
+        data.prepare("a.txt", "bytes", 1, 256)
+
+
+def test_a_changed_text_is_prepared_anew_and_a_full_disk_leaves_nothing_half_written(monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for count, (text, time) in enumerate((("a text", 1), ("b text", 2), ("another text", 2))):
+        write("a.txt", text)
+        os.utime("a.txt", (time, time))
+        refused = pytest.raises(tokenizer.UserError, match="No space left")
+        with monkeypatch.context() as patch, refused:
+            patch.setattr("os.fsync", full)
+            data.prepare("a.txt", "bytes", 0, 257)
+        assert len(list(Path("data").iterdir())) == count
+        assert sum(prepared("a.txt"), []) == tokens_of(text)
+
+
+def test_a_fingerprint_tells_other_tokens_and_a_file_cut_while_it_is_read_is_refused():
+    some = np.random.default_rng(0).integers(2**16, size=2**20).astype(np.uint16)
+    prints = []
+    for train, val in (
+        (some, some[:9]),
+        (some, some[:8]),
+        (some[:-1], some[:9]),
+        (some[::-1], some[:9]),
+    ):
+        train.tofile("train.bin")
+        val.tofile("val.bin")
+        prints.append(json.dumps(data.fingerprint(".")))
+    assert (
+        data.fingerprint(".")["bytes"] == [2**21, 18]
+        and len(set(prints)) == 4
+        and prints[3] == json.dumps(data.fingerprint("."))
+    )
+
+    tokens, _ = data.read_tokens(".", 5, 2**16)
+    x, y = data.windows(tokens, [3, 2**20 - 8], 7, torch.device("cpu"))
+    right = some[::-1].astype(np.int64)
+    assert x.tolist() == [right[3:10].tolist(), right[-8:-1].tolist()]
+    assert y.tolist() == [right[4:11].tolist(), right[-7:].tolist()]
+    os.truncate("train.bin", 2**20)
+    with pytest.raises(tokenizer.UserError, match="train.bin was cut"):
+        data.windows(tokens, [2**20 - 8], 7, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    "name", ["bytes", tokenizer(), tokenizer(byte_level=False)], ids=["bytes", "level", "pieces"]
+    "name, end",
+    [
+        ("bytes", "<|endoftext|>"),
+        (a_tokenizer(), "</s>"),
+        (a_tokenizer(byte_level=False), "</s>"),
+    ],
+    ids=["bytes", "level", "pieces"],
 )
-def test_every_byte_is_kept_and_special_and_added_tokens_are_written_as_they_are(name):
-    encoding, text = (
-        data.get_encoding(name),
-        "def f():\r\n\n\treturn 'é日本'  \n\na </s> <|begin▁of|> señor",
-    )
-    tokens = encoding.encode_ordinary(text)
-    assert b"".join(map(encoding.decode_single_token_bytes, tokens)) == text.encode()
-    assert encoding.encode_ordinary("a \udcff") == encoding.encode_ordinary(
-        "a \ufffd"
-    )  # a half of a character
-    if name != "bytes":
-        assert len(encoding.encode_ordinary("señor")) == 1 < len(encoding.encode_ordinary("</s>"))
+def test_tokens_become_the_text_again_as_they_come(name, end):
+    encoding = tokenizer.get_encoding(name)
+    stream = tokenizer.TextStream(encoding)
+    text = " def f():\r\n\n\treturn 'é日本'  \n\na </s> <|endoftext|>"
+    assert "".join(map(stream.step, encoding.encode_ordinary(text))) == text
+    assert len(encoding.encode_ordinary(end)) > 1, "text that looks special is text"
+    assert stream.step(encoding.eot_token) == end
+    half, _ = encoding.encode_ordinary("é")
+    line, a = encoding.encode_ordinary("\na")
+    steps = [stream.step(token) for token in (line, half, a, half, 10**6, half)]
+    assert steps == ["\n", "", "\ufffda", "", "\ufffd?", ""]
+    assert stream.end() == "\ufffd" and stream.end() == ""
+    assert encoding.encode_ordinary("a \udcff") == encoding.encode_ordinary("a \ufffd")
+
+
+def test_a_tokenizer_is_a_name_or_a_folder_or_a_model_on_the_hub_or_refused(monkeypatch):
+    for name in "bytes", "gpt2":
+        assert tokenizer.read_tokenizer(name) == name
+    made = a_tokenizer()
+    write("model/tokenizer.json", made["json"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"model/{name}/..")
+    Path("model/owner").mkdir()
+    for end in ("</s>", {"content": "</s>", "special": True}):
+        write("model/tokenizer_config.json", json.dumps({"eos_token": end}))
+        assert tokenizer.read_tokenizer("model") == tokenizer.read_tokenizer("owner") == made
+
+    for file, content, words in (
+        ("tokenizer_config.json", '{"eos_token": "<end>"}', "model.*<end>"),
+        ("tokenizer_config.json", "{}", "model.*eos_token"),
+        ("tokenizer.json", "{}", "model"),
+    ):
+        write(f"model/{file}", content)
+        with pytest.raises(tokenizer.UserError, match=words):
+            tokenizer.read_tokenizer("model")
+    for name, words in (
+        (None, "no tokenizer"),
+        ("gpt0", "gpt0"),
+        ({"json": "{}", "eot_token": 0}, "cannot use"),
+    ):
+        with pytest.raises(tokenizer.UserError, match=words) as refused:
+            tokenizer.get_encoding(name)
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     "template, front", [("$A", []), ("<s> $A", [256]), ("<s> $A </s>", [256]), ("$A </s>", [])]
 )
 def test_a_template_is_once_in_front_of_a_document_and_never_behind(template, front):
-    plain = data.get_encoding(tokenizer())
-    some = [
-        "a" * 2**16,
-        *(f"{begin * 2**17}\n{end}" for begin in "ab" for end in "ab"),
-    ]  # not each of one part
+    plain = tokenizer.get_encoding(a_tokenizer())
+    ends = [f"{begin * 2**17}\n{end}" for begin in "ab" for end in "ab"]  # each of two parts
+    some = ["a" * 2**16, *ends]
     for i, text in enumerate([*some, some[2]]):
         write(f"texts/{i}.txt", text)
     right = [[*front, *plain.encode_ordinary(text), 257] for text in some]
-    assert (
-        sum(prepared("texts", 0, tokenizer(template)), [])
-        == sum(right, [])
-        != sum(prepared("texts"), [])
-    )
+    found = sum(prepared("texts", 0, a_tokenizer(template)), [])
+    assert found == sum(right, []) != sum(prepared("texts"), [])

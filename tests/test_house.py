@@ -2,26 +2,33 @@
 
 import ast
 import re
-import textwrap
 from pathlib import Path
+
+import torch
 
 import walkthrough
 
 HERE = Path(__file__).parent.parent
 HOUSE = {  # file: the most statements it may have, and what it may import of ours
     "matmla": (300, ""),
+    "tokenizer": (80, ""),
+    "muon": (40, ""),
+    "data": (185, "tokenizer"),
+    "devices": (100, "tokenizer"),
     "pretrained": (130, "matmla"),
+    "common": (170, "data devices matmla pretrained tokenizer"),
+    "train": (330, "common data devices matmla muon pretrained tokenizer"),
     "decode": (110, "matmla"),
-    "walkthrough": (110, "matmla"),
-    "data": (150, "pretrained"),
-    "common": (130, "matmla pretrained data"),
-    "train": (260, "common matmla data"),
-    "report": (120, "common data"),
-    "sample": (70, "common decode"),
-    "export": (105, "common matmla pretrained"),
-    "bench_cache": (170, "common matmla data train decode"),
-    "transmla": (240, "common matmla pretrained data"),
-    "exercises": (60, ""),
+    "sample": (75, "common decode devices matmla tokenizer"),
+    "report": (120, "common data devices tokenizer"),
+    "dial": (110, "common devices matmla report tokenizer"),
+    "bench_cache": (165, "common decode devices matmla tokenizer"),
+    "hub": (85, "tokenizer"),
+    "transmla": (240, "common data devices hub matmla pretrained tokenizer"),
+    "export": (115, "common matmla pretrained tokenizer"),
+    "walkthrough": (110, "common matmla"),
+    "exercises": (60, "common"),
+    "grade": (330, "common exercises matmla tokenizer"),
 }
 NODES = {name: [*ast.walk(ast.parse((HERE / f"{name}.py").read_text("utf-8")))] for name in HOUSE}
 
@@ -38,7 +45,7 @@ def statements(nodes):
 def test_every_file_has_at_most_as_many_statements_as_a_reader_can_bear():
     counts = {name: statements(nodes) for name, nodes in NODES.items()}
     assert not {name: counts[name] for name, (most, _) in HOUSE.items() if counts[name] > most}
-    assert sum(counts.values()) <= 2000
+    assert sum(counts.values()) - counts["grade"] <= 2450
     assert len((HERE / "matmla.py").read_text("utf-8").splitlines()) <= 540
 
 
@@ -46,11 +53,9 @@ def test_no_function_has_more_than_45_statements():
     for name, nodes in NODES.items():
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         sizes = {function.name: statements(ast.walk(function)) - 1 for function in functions}
-        assert not {
-            name: size
-            for name, size in sizes.items()
-            if size > 45 and name not in ("walk", "train", "settings")
-        }, name
+        assert not {name: size for name, size in sizes.items() if size > 45 and name != "walk"}, (
+            name
+        )
 
 
 def test_imports_between_our_files_go_down_only():
@@ -65,14 +70,25 @@ def test_imports_between_our_files_go_down_only():
         assert imported & HOUSE.keys() <= set(below.split()), name
 
 
-def test_the_readme_shows_what_the_walkthrough_prints_on_two_screens(capsys):
+def test_the_walkthrough_is_two_screens_long(capsys):
     walkthrough.walk()
-    printed = capsys.readouterr().out
-    shown = (
-        (HERE / "README.md").read_text("utf-8").split("a right angle:\n\n")[1].split("\n\n## ")[0]
-    )
-    assert textwrap.dedent(shown) in printed
-    text = "".join((HERE / f"{name}.md").read_text() for name in ("README", "RESULTS", "TEACHING"))
-    named = {*re.findall(r"[\w/]+\.py\b", text)} - {"my_matmla.py"}
-    assert all((HERE / name).exists() for name in named)
-    assert len(printed.splitlines()) <= 80 and max(map(len, printed.splitlines())) <= 100
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) <= 80 and max(map(len, printed)) <= 100
+
+
+def test_texts_are_short_and_name_files_that_exist():
+    for name, lines in {"README": 260, "RESULTS": 320, "TEACHING": 140}.items():
+        text = (HERE / f"{name}.md").read_text("utf-8")
+        assert len(text.splitlines()) <= lines, name
+        for file in {*re.findall(r"[\w/]+\.py\b", text)} - {"mine/matmla.py"}:
+            assert (HERE / file).exists(), file
+
+
+def test_the_decode_step_of_the_readme_runs_and_its_two_ways_agree(capsys):
+    text = (HERE / "README.md").read_text("utf-8")
+    code = text.split("```python\nimport torch")[1].split("```")[0]
+    try:
+        exec("import torch" + code, {})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(float(number) < 1e-10 for number in capsys.readouterr().out.split())
