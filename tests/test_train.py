@@ -344,14 +344,22 @@ def same_runs(one, two):
         assert torch.equal(a, second[path]) if isinstance(a, torch.Tensor) else a == second[path]
 
 
-def test_a_killed_run_resumes_as_if_never_stopped(finished):
-    process = subprocess.Popen([sys.executable, train.__file__, *SMALL, "--out", "killed"])
+@pytest.fixture(scope="module")
+def layers(finished):
+    """The flags of a finished run with the paper's objective, which is in the folder layers."""
+    flags = [*SMALL, "--objective", "layers"]
+    run(*flags, "--out", "layers")
+    return flags
+
+
+def test_a_killed_run_resumes_as_if_never_stopped(layers):
+    process = subprocess.Popen([sys.executable, train.__file__, *layers, "--out", "killed"])
     while not Path("killed", "metrics.jsonl").exists() or log_of("killed")[-1]["step"] < 10:
         assert process.poll() is None
     process.kill()
     assert process.wait() == -signal.SIGKILL and log_of("killed")[-1]["step"] < 40
     run("--resume", "--out", "killed")
-    same_runs("out", "killed")
+    same_runs("layers", "killed")
 
 
 @pytest.mark.parametrize(
@@ -384,11 +392,11 @@ def test_a_run_that_gets_a_signal_says_how_to_go_on(
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_train_like_one(finished):
+def test_two_processes_train_like_one(layers):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "--", train.__file__, *SMALL, "--out", "two", "--micro-batch", "4"]
+    command = [*launch, "--", train.__file__, *layers, "--out", "two", "--micro-batch", "4"]
     subprocess.run(command, check=True)
-    runs = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "two")]
+    runs = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in ("layers", "two")]
     losses = [[line["loss"] for line in run["log"] if "loss" in line] for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(runs[0]["model"], runs[1]["model"], rtol=0, atol=1e-3)
