@@ -110,13 +110,13 @@ class Captured:
     """A function as a CUDA graph, which the GPU runs without waiting for Python.
 
     The first call runs it as it is, to compile and to allocate. The second captures it. From then
-    on it is replayed: on the same tensors, with the result in the same place.
+    on it is replayed: on the same tensors, with the result in the same place. pool: memory that
+    graphs share which never run at the same time; None: it has its own.
     """
 
-    pool = None  # memory that all graphs share, since they never run at the same time
-
-    def __init__(self, function):
+    def __init__(self, function, pool=None):
         self.function = function
+        self.pool = pool
         self.calls = 0
 
     def __call__(self):
@@ -124,9 +124,8 @@ class Captured:
         if self.calls == 1:
             return self.function()
         if self.calls == 2:
-            Captured.pool = Captured.pool or torch.cuda.graph_pool_handle()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=Captured.pool):
+            with torch.cuda.graph(self.graph, pool=self.pool):
                 self.result = self.function()
         self.graph.replay()
         return self.result
@@ -141,6 +140,7 @@ class CapturedPasses:
 
     def __init__(self, run_pass):
         self.run_pass = run_pass
+        self.pool = torch.cuda.graph_pool_handle()
         self.kinds = {}
 
     def __call__(self, model, x, y, heads, weight):
@@ -149,7 +149,11 @@ class CapturedPasses:
         kind = heads, len(x), weight
         if kind not in self.kinds:
             place = x.clone(), y.clone()
-            self.kinds[kind] = place, Captured(lambda: self.run_pass(model, *place, heads, weight))
+
+            def function():
+                return self.run_pass(model, *place, heads, weight)
+
+            self.kinds[kind] = place, Captured(function, self.pool)
         place, captured = self.kinds[kind]
         place[0].copy_(x)
         place[1].copy_(y)

@@ -372,13 +372,15 @@ def build(args, world):
             raise UserError(f"{args.init} has two embeddings, and --tie would lose one of them")
         fill(model, weights, args.init or args.out / "checkpoint.pt")
 
+    run = run_pass
     cuda = world.device.type == "cuda"
     if cuda:
         model.residual_dtype = torch.bfloat16  # half the memory traffic of float32
-        optimizers[0].directions = Captured(optimizers[0].directions)
+        run = CapturedPasses(run_pass)
+        optimizers[0].directions = Captured(optimizers[0].directions, run.pool)
     if (cuda if args.compile is None else args.compile) and can_compile(world.device):
         compile_parts(model)
-    return model, optimizers, CapturedPasses(run_pass) if cuda else run_pass
+    return model, optimizers, run
 
 
 def restore(args, optimizers, world):

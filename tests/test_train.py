@@ -224,7 +224,6 @@ def test_a_captured_pass_runs_once_per_step_on_what_it_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
-    monkeypatch.setattr(devices.Captured, "pool", None)
     monkeypatch.setattr(Graph, "function", lambda graph: calls.append("replayed"), raising=False)
     passes = devices.CapturedPasses(run_pass)
     for i in range(4):
