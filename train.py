@@ -210,8 +210,7 @@ def micro_batches(args, step, rank=0, world=1):
     mixed = np.sort(turns[(step * args.batch + np.arange(args.batch)) % len(turns)])[::-1]
     drawn = np.random.default_rng((args.seed, step, 1)).choice(turns, args.n_layer)
     count = math.ceil(len(mine) / args.micro_batch)
-    for i in range(count):
-        sequences = mine[i::count]
+    for sequences in np.array_split(mine, count):  # alike, so that a pass has few budgets
         weight = len(sequences) / len(mine)
         if args.objective == "mixed":
             yield sequences, tuple(mixed[sequences].tolist()), weight

@@ -39,7 +39,7 @@ def nanogpt(micro_batch, passes):
             starts = order.integers(len(TOKENS) - 1024, size=micro_batch)
             x, y = windows(TOKENS, starts, 1024, DEVICE)
             with torch.autocast("cuda", torch.bfloat16):
-                loss = compiled(x, y)[1] / passes
+                loss = compiled(x, y.contiguous())[1] / passes
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
