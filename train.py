@@ -43,7 +43,7 @@ from common import (
     save,
     write_log,
 )
-from data import fingerprint, prepare, read_tokens, windows
+from data import open_tokens, prepare, windows
 from devices import (
     Captured,
     CapturedPasses,
@@ -410,12 +410,9 @@ def load_data(args, world):
     if world.first:
         prepare(*source)
     world.wait()
-    folder = prepare(*source)
-    tokens, held_out = read_tokens(folder, args.context, args.vocab_size)
-    known = fingerprint(folder)
-    if args.resume and args.start.get("data") not in (None, known):
-        raise UserError(f"{args.data} has changed since {args.out} was started: {folder}")
-    return tokens, held_out, known
+    known = args.start.get("data") if args.resume else None
+    tokens, held_out, _, found = open_tokens(*source, args.context, args.out, known)
+    return tokens, held_out, found
 
 
 class Run:
