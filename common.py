@@ -16,7 +16,7 @@ from data import open_tokens, windows
 from devices import mixed_precision
 from matmla import ATTENTION, Config
 from pretrained import make_model  # which also adds the attentions of converted models
-from tokenizer import UserError, get_encoding
+from tokenizer import UserError, explained, get_encoding
 
 FIELDS = vars(Config())  # {name: default}
 PRESETS = {  # settings of train.py that differ from its defaults
@@ -260,7 +260,9 @@ CONTENT = {  # what a checkpoint has at least, and of which type
 
 def load_checkpoint(path, device="cpu"):
     """What `save` wrote, as a dict. UserError if it is damaged, or something else."""
-    try:
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}: train one first, with python train.py")
+    with explained(f"{path} is not a checkpoint of train.py"):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # the parts have checksums, which torch does not look at
         if damaged:
@@ -269,11 +271,6 @@ def load_checkpoint(path, device="cpu"):
         for name, kind in CONTENT.items():
             if not isinstance(content[name], kind):
                 raise ValueError(f"{name} is a {type(content[name]).__name__}")
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train one first, with python train.py") from None
-    except Exception as error:  # whatever is wrong with the file
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
     unlike = content["config"].keys() ^ FIELDS.keys()
     if unlike:
         names = ", ".join(sorted(map(str, unlike)))
@@ -283,11 +280,8 @@ def load_checkpoint(path, device="cpu"):
 
 def fill(model, weights, path):
     """Give the model the weights of a checkpoint. UserError if they are of another shape."""
-    try:
+    with explained(f"the weights of {path} do not fit"):
         model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:  # a line for each difference
-        difference = str(error).splitlines()[-1]
-        raise UserError(f"the weights of {path} do not fit: {difference}") from None
 
 
 def load(path, device, content=None):

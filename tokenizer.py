@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 @contextmanager
 def explained(message):
-    """Inside, whatever a library says is wrong becomes a UserError: the message, then its own."""
+    """Inside, whatever goes wrong becomes a UserError: this message, then the library's own."""
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it would say it, too
     try:
         yield

@@ -55,7 +55,7 @@ from devices import (
 from matmla import ATTENTION, GPT
 from muon import Muon
 from pretrained import make_model
-from tokenizer import UserError, get_encoding, read_tokenizer
+from tokenizer import UserError, explained, get_encoding, read_tokenizer
 
 OBJECTIVES = "mixed", "sum", "sample", "layers"  # described in micro_batches
 
@@ -129,10 +129,10 @@ def settings(argv=None):
     """
     parser = make_parser()
     early, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[early.preset], start=None)
     start = parser.run(read_start, early)
+    parser.set_defaults(start=start, **PRESETS[early.preset])
     if start:
-        parser.set_defaults(start=start, **start["settings" if early.resume else "config"])
+        parser.set_defaults(**start["settings" if early.resume else "config"])
     args = parser.parse_args(argv)
     parser.run(complete, args)
     parser.after_interrupt = f"\nto go on from the last checkpoint: --resume --out {args.out}\n"
@@ -298,6 +298,7 @@ def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
 # ---------------------------------------------------------------- the run
 
 LOWER = "nothing was saved since the last evaluation. Try a lower --lr"
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # FLOPs/s, by datasheets
 OF_THIS_CALL = "out", "resume", "init", "start", "encoding", "overwrite"  # not of the run
 
 
@@ -380,7 +381,7 @@ def restore(args, optimizers, world):
     if not args.resume:
         return 0, [], 0.0
     start = args.start
-    try:
+    with explained(f"{args.out} cannot be resumed: its optimizers or seconds are damaged"):
         for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for p in optimizer.param_groups[0]["params"]:  # a lost momentum would go unnoticed
@@ -388,10 +389,6 @@ def restore(args, optimizers, world):
                 if start["step"] and p.requires_grad and shapes != {p.shape}:
                     raise ValueError(f"a weight of shape {[*p.shape]} has a momentum of {shapes}")
         seconds = float(start["seconds"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{args.out} cannot be resumed: its optimizers or seconds are damaged: {error}"
-        ) from error
     if world.first:
         write_log(args.out, start["log"])  # a run may have been killed between its two files
     log = [line for line in start["log"] if "final" not in line]  # a longer run has another
@@ -446,19 +443,17 @@ class Run:
 
     def measure(self):
         """Evaluate, save, and tell. Before the first step and at the end more text is read."""
-        first, last = self.step == 0, self.step == self.args.steps
-        losses = {}
+        budgets, book = self.args.budgets, self.book
         if self.world.first:
+            count = 256 if self.step in (0, self.args.steps) else 32
             with torch.compiler.set_stance("force_eager"):
-                count = 256 if first or last else 32
-                found = evaluate(self.model, self.held_out, count, self.args.budgets)
-            losses = dict(zip(self.args.budgets, found))
-            self.book.entries.append({"step": self.step, "val_loss": losses})
-            if last:
-                self.book.entries.append({"step": self.step, "final": self.summary()})
+                losses = dict(zip(budgets, evaluate(self.model, self.held_out, count, budgets)))
+            book.entries.append({"step": self.step, "val_loss": losses})
+            if self.step == self.args.steps:
+                book.entries.append({"step": self.step, "final": self.summary()})
         self.save()
         if self.world.first:  # after saving, for it fails if the reader of a pipe has gone
-            self.book.tell(self.step, losses)
+            book.tell(self.step, losses)
 
     def save(self):
         """Write checkpoint.pt, from which the run can go on, and metrics.jsonl."""
@@ -483,9 +478,9 @@ class Run:
         args, device, book = self.args, self.world.device, self.book
         cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if cuda else device.type
-        dense = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # by datasheets
-        peak = next((flops for chip, flops in dense.items() if chip in name), None)
-        cost, tokens = flops_per_token(args), args.steps * book.tokens_per_step
+        peak = next((flops for chip, flops in PEAK.items() if chip in name), None)
+        cost = flops_per_token(args)
+        tokens = args.steps * book.tokens_per_step
         shares = ":".join(map(str, args.shares))
         nested = ATTENTION[args.attention].nested
         rates = book.speed and peak
