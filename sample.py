@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common import Parser, heads_of, load, positive, user_input
+from checkpoints import load
+from common import Parser, heads_of, positive, user_input
 from decode import fast
 from devices import pick_device
 from matmla import sample
