@@ -1,24 +1,20 @@
-"""What the scripts share: command line, presets, checkpoints, the loss of a model on a text."""
+"""What the scripts share: command line, presets, the loss of a model on a text, tables."""
 
 import argparse
-import json
 import math
 import os
 import sys
-import zipfile
 from contextlib import contextmanager
 
-import filelock
 import numpy as np
 import torch
 
-from data import fingerprint, prepare, read_tokens, windows
+from data import windows
 from devices import mixed_precision
 from matmla import ATTENTION, Config
-from pretrained import make_model  # which also adds the attentions of converted models
-from tokenizer import UserError, get_encoding
+from tokenizer import UserError
 
-FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+FIELDS = vars(Config())  # {name: default}
 PRESETS = {  # settings of train.py that differ from its defaults
     "tiny": {},  # a laptop, minutes
     "small": dict(  # one GPU, minutes: 30M parameters
@@ -139,11 +135,12 @@ def heads_of(text):
 
 def check_budgets(budgets, config):
     """UserError unless they are different, largest first, and heads that the attention has."""
-    c, unit = config, config.n_kv if config.attention == "nested_gqa" else 1
-    allowed = {*range(unit, c.n_h + 1, unit)} if ATTENTION[c.attention].nested else {c.n_h}
-    if not budgets or list(budgets) != sorted(set(budgets) & allowed, reverse=True):
+    with torch.device("meta"):  # without weights
+        unit = ATTENTION[config.attention](config).unit
+    allowed = range(unit, config.n_h + 1, unit)
+    if list(budgets) != sorted(set(budgets) & set(allowed), reverse=True):
         raise UserError(
-            f"budgets {budgets} must be different, the largest first, and in {sorted(allowed)}"
+            f"budgets {budgets} must be different, the largest first, and in {[*allowed]}"
         )
 
 
@@ -214,114 +211,3 @@ class Table:
                 x = f"{x:,}"
             cells.append("" if x is None else str(x))
         print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def write_whole(path, write):
-    """Let write(file) write a file that is there whole or not at all, also after a power cut.
-
-    UserError if that fails, on a full disk for instance; what was there is kept.
-    """
-    part = path.with_name(path.name + ".partial")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes of a full disk a RuntimeError
-        raise UserError(f"cannot save {path}, what was there is kept: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_log(folder, log):
-    """metrics.jsonl of a run: one line for every entry of its log."""
-    text = "".join(json.dumps(line) + "\n" for line in log)
-    write_whole(folder / "metrics.jsonl", lambda file: file.write(text.encode()))
-
-
-def save(path, **content):
-    """Write a checkpoint: config, settings, encoding, step, model, optimizers, log, and its log."""
-    write_whole(path, lambda file: torch.save(content, file))
-    write_log(path.parent, content["log"])
-
-
-CONTENT = {  # what a checkpoint has at least, and of which type
-    "config": dict,
-    "settings": dict,
-    "encoding": str | dict | None,
-    "step": int,
-    "model": dict,
-    "optimizers": list,
-    "log": list,
-}
-
-
-def load_checkpoint(path, device="cpu"):
-    """What `save` wrote, as a dict. UserError if it is damaged, or something else."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # the parts have checksums, which torch does not look at
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location=device, weights_only=True)
-        for name, kind in CONTENT.items():
-            if not isinstance(content[name], kind):
-                raise ValueError(f"{name} is a {type(content[name]).__name__}")
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train one first, with python train.py") from None
-    except Exception as error:  # whatever is wrong with the file
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
-    unlike = content["config"].keys() ^ FIELDS.keys()
-    if unlike:
-        names = ", ".join(sorted(map(str, unlike)))
-        raise UserError(f"{path} was written by another version of train.py: {names}")
-    return content
-
-
-def fill(model, weights, path):
-    """Give the model the weights of a checkpoint. UserError if they are of another shape."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:  # the second line is the first difference
-        difference = str(error).splitlines()[-1 if "\n" not in str(error) else 1]
-        raise UserError(f"the weights of {path} do not fit: {difference}") from None
-
-
-def load(path, device, content=None):
-    """(model, encoding) of a checkpoint, or of its content if that is read already."""
-    content = content or load_checkpoint(path, device)
-    model = make_model(make_config(content["config"]), content["model"]).to(device)
-    fill(model, content["model"], path)
-    return model.eval(), get_encoding(content["encoding"])
-
-
-def load_run(folder, device):
-    """(model, the tokens held out, the folder they are in) of what train.py left in a folder.
-
-    UserError if there is no such text, or if it is not the one that the run was trained on.
-    """
-    path = folder / "checkpoint.pt"
-    content = load_checkpoint(path, device)
-    model, _ = load(path, device, content)
-    config = model.config
-    settings = content["settings"]
-    if "data" not in settings:
-        raise UserError(f"{folder} was not trained by train.py, so it has no held-out text")
-    text = prepare(settings["data"], content["encoding"], settings["tokens"], config.vocab_size)
-    _, held_out = read_tokens(text, config.context, config.vocab_size)
-    if content.get("data") not in (None, fingerprint(text)):  # None: from older versions
-        raise UserError(f"{settings['data']} has changed since {folder} was trained: {text}")
-    return model, held_out, text
-
-
-@contextmanager
-def claim(out):
-    """Keep other runs out of a folder: `with claim(out):`. The lock dies with the process, too."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(out / ".lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"another run is training into {out}") from None

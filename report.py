@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import Parser, Table, evaluate, load, perplexity
+from checkpoints import load
+from common import Parser, Table, evaluate, perplexity
 from data import encode
 from devices import pick_device
 from tokenizer import UserError

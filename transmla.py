@@ -30,7 +30,8 @@ from statistics import fmean
 
 import torch
 
-from common import Parser, Table, check_budgets, integers, perplexity, positive, save
+from checkpoints import save
+from common import Parser, Table, check_budgets, integers, perplexity, positive
 from data import encode
 from devices import pick_device
 from hub import read_pretrained

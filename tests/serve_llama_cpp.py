@@ -21,7 +21,8 @@ import torch
 import xllamacpp
 from transformers import DynamicCache
 
-from common import Parser, Table, load
+from checkpoints import load
+from common import Parser, Table
 from export import to_tokenizer, to_transformers
 from tests.serving import NEW, add_checkpoints, check, random_checkpoint
 

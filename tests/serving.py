@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import torch
 
-from common import Table, heads_of, load, save
+from checkpoints import load, save
+from common import Table, heads_of
 from export import export
 from matmla import GPT, Config
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import checkpoints
 import common
 import export
 from matmla import GPT, Config
@@ -42,7 +43,7 @@ def run(tmp_path, monkeypatch):
 
     def call(model, flags=""):
         content = dict(config=vars(model.config), model=model.state_dict(), encoding="bytes")
-        common.save(Path("ours.pt"), settings={}, step=0, optimizers=[], log=[], **content)
+        checkpoints.save(Path("ours.pt"), settings={}, step=0, optimizers=[], log=[], **content)
         monkeypatch.setattr(
             sys, "argv", ["export.py", "ours.pt", "--out", "new/hf", *flags.split()]
         )

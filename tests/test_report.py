@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import common
+import checkpoints
 import dial
 import report
 from data import fingerprint
@@ -49,7 +49,7 @@ def write_run(folder, attention="matmla", seed=0, losses=(5.0, 5.5, 6.0), data="
         {"step": 20, "final": summary},
     ]
     Path(folder).mkdir()
-    common.save(
+    checkpoints.save(
         Path(folder, "checkpoint.pt"),
         config=vars(model.config),
         settings={"data": data, "tokens": 0},
