@@ -22,8 +22,15 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import load_run
-from common import PRESETS, Parser, Table, evaluate_after, make_config, perplexity
+from common import (
+    PRESETS,
+    Parser,
+    Table,
+    evaluate_after,
+    load_run,
+    make_config,
+    perplexity,
+)
 from decode import attend_one, capture_graph, fast
 from devices import pick_device
 from matmla import ATTENTION, GPT, Cache, Config

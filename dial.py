@@ -21,8 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import load_run
-from common import Parser, Table, evaluate, perplexity, positive
+from common import Parser, Table, evaluate, load_run, perplexity, positive
 from devices import pick_device
 from matmla import GPT
 from report import read_runs

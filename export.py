@@ -25,10 +25,8 @@ import transformers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from checkpoints import load
-from common import Parser, heads_of, user_input
+from common import Parser, UserError, heads_of, load, user_input
 from pretrained import rename
-from tokenizer import UserError
 
 LATENT = {"d_c": 512, "d_R": 64, "d_h": 128}  # DeepSeek-V3's: what vLLM computes of MLA
 HEAD = 32, 64, 80, 96, 112, 128, 160, 192, 224, 256  # d_h that it computes of the others

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from checkpoints import load
-from common import Parser, Table, evaluate, perplexity
+from common import Parser, Table, evaluate, load, perplexity
 from data import encode
 from devices import pick_device
 from tokenizer import UserError

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import load
-from common import Parser, heads_of, positive, user_input
+from common import Parser, heads_of, load, positive, user_input
 from decode import fast
 from devices import pick_device
 from matmla import sample

@@ -27,17 +27,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoints import claim, fill, load_checkpoint, save, write_log
 from common import (
     FIELDS,
     PRESETS,
     Parser,
     check_budgets,
+    claim,
     evaluate,
+    fill,
     integers,
+    load_checkpoint,
     make_config,
     natural,
     positive,
+    save,
+    write_log,
 )
 from data import open_tokens, prepare, windows
 from devices import (

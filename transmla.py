@@ -30,8 +30,7 @@ from statistics import fmean
 
 import torch
 
-from checkpoints import save
-from common import Parser, Table, check_budgets, integers, perplexity, positive
+from common import Parser, Table, check_budgets, integers, perplexity, positive, save
 from data import encode
 from devices import pick_device
 from hub import read_pretrained

@@ -21,8 +21,7 @@ import torch
 import xllamacpp
 from transformers import DynamicCache
 
-from checkpoints import load
-from common import Parser, Table
+from common import Parser, Table, load
 from export import to_tokenizer, to_transformers
 from tests.serving import NEW, add_checkpoints, check, random_checkpoint
 

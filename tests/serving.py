@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from checkpoints import load, save
-from common import Table, heads_of
+from common import Table, heads_of, load, save
 from export import export
 from matmla import GPT, Config
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_cache
-import checkpoints
+import common
 import data
 import decode
 from matmla import ATTENTION, GPT, Block, Config
@@ -286,7 +286,7 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(
     model = randomized(GPT(Config(**sizes, budgets=(6, 4, 1))))
     Path("text.txt").write_text("def f(x):\n    return x + 1\n" * 2000)
     Path("run").mkdir()
-    checkpoints.save(
+    common.save(
         Path("run/checkpoint.pt"),
         config=vars(model.config),
         settings={"data": "text.txt", "tokens": 0},
@@ -313,9 +313,9 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(
     assert found[6]["1"] == pytest.approx(loss.exp().item(), rel=1e-5)
     assert len({value for row in found.values() for value in row.values()}) == 9
 
-    saved = checkpoints.load_checkpoint(Path("run/checkpoint.pt"))
+    saved = common.load_checkpoint(Path("run/checkpoint.pt"))
     for changed, words in (({"settings": {}}, "no held-out text"), ({"data": {}}, "has changed")):
-        checkpoints.save(Path("run/checkpoint.pt"), **(saved | changed))
+        common.save(Path("run/checkpoint.pt"), **(saved | changed))
         with pytest.raises(SystemExit, match="^2$"):
             printed(monkeypatch, capsys, "--switch", "run")
         said = capsys.readouterr().err

@@ -9,7 +9,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import checkpoints
 import common
 import export
 from matmla import GPT, Config
@@ -43,7 +42,7 @@ def run(tmp_path, monkeypatch):
 
     def call(model, flags=""):
         content = dict(config=vars(model.config), model=model.state_dict(), encoding="bytes")
-        checkpoints.save(Path("ours.pt"), settings={}, step=0, optimizers=[], log=[], **content)
+        common.save(Path("ours.pt"), settings={}, step=0, optimizers=[], log=[], **content)
         monkeypatch.setattr(
             sys, "argv", ["export.py", "ours.pt", "--out", "new/hf", *flags.split()]
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import checkpoints
+import common
 import dial
 import report
 from data import fingerprint
@@ -49,7 +49,7 @@ def write_run(folder, attention="matmla", seed=0, losses=(5.0, 5.5, 6.0), data="
         {"step": 20, "final": summary},
     ]
     Path(folder).mkdir()
-    checkpoints.save(
+    common.save(
         Path(folder, "checkpoint.pt"),
         config=vars(model.config),
         settings={"data": data, "tokens": 0},

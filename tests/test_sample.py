@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
+import common
 import sample
 from matmla import GPT, Config
 from test_matmla import randomized
-from tokenizer import get_encoding
 
 SIZES = dict(n_layer=2, d=24, n_h=12, d_h=4, d_c=12, d_cq=8, d_R=6, d_ff=32, context=40)
 PROMPT = torch.tensor([list("defé".encode())])
@@ -32,15 +31,13 @@ def model(tmp_path, monkeypatch):
     rest = {"settings": {}, "step": 1, "optimizers": [], "log": []}
     Path("out").mkdir()
     path = Path("out/checkpoint.pt")
-    checkpoints.save(
-        path, config=vars(model.config), encoding="bytes", model=model.state_dict(), **rest
-    )
+    common.save(path, config=vars(model.config), encoding="bytes", model=model.state_dict(), **rest)
     return model
 
 
 def text_of(model, heads=None, n=50, **keywords):
     tokens = model.generate(PROMPT, n, heads, **keywords)[0].tolist()
-    return get_encoding("bytes").decode(tokens)
+    return common.get_encoding("bytes").decode(tokens)
 
 
 @pytest.mark.parametrize(

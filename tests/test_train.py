@@ -1,4 +1,4 @@
-"""Tests of train.py, what it imports, and checkpoints. GPU tests run where there is one."""
+"""Tests of train.py, muon.py, devices.py and common.py. GPU tests run where there is one."""
 
 import dataclasses
 import functools
@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
 import common
 import devices
 import train
@@ -303,7 +302,7 @@ def test_captured_passes_on_a_gpu_have_the_gradients_and_losses_of_eager_ones(pr
 
 
 def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_weights(finished):
-    lines, kept = log_of("out"), checkpoints.load_checkpoint("out/checkpoint.pt")
+    lines, kept = log_of("out"), common.load_checkpoint("out/checkpoint.pt")
     assert [line["step"] for line in lines] == [0, 0, 10, 10, 20, 20, 30, 30, 40, 40]
     assert kept["step"] == 40 and json.loads(json.dumps(kept["log"])) == lines
     assert lines[9]["final"]["val_loss"] == lines[8]["val_loss"]
@@ -311,7 +310,7 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
     val = np.fromfile("text/val.bin", np.uint16).astype(int)
     starts = np.linspace(0, len(val) - 33, 256).astype(int)
     x = torch.tensor(np.stack([val[i : i + 33] for i in starts]))
-    model, _ = checkpoints.load("out/checkpoint.pt", "cpu")
+    model, _ = common.load("out/checkpoint.pt", "cpu")
     with torch.no_grad():
         losses = [model(x[:, :-1], x[:, 1:], m)[1].item() for m in (12, 8, 4)]
     assert [lines[8]["val_loss"][m] for m in ("12", "8", "4")] == pytest.approx(losses, abs=1e-5)
@@ -321,13 +320,13 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
     assert (args.d, args.context, args.encoding, args.steps) == (24, 16, "bytes", 450)
     run(*(start + "--steps 1").split())
     assert log_of("new")[0]["val_loss"] == lines[8]["val_loss"]
-    optimizers = checkpoints.load_checkpoint("new/checkpoint.pt")["optimizers"]
+    optimizers = common.load_checkpoint("new/checkpoint.pt")["optimizers"]
     assert optimizers[1]["state"][0]["step"] == 1, "the first run's optimizer goes on"
 
 
 def test_only_the_weights_that_are_named_are_trained(finished):
     run(*"--init out/checkpoint.pt --out only --only W_DKV,W_UK --steps 2 --device cpu".split())
-    before, after = (checkpoints.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "only"))
+    before, after = (common.load_checkpoint(f"{out}/checkpoint.pt") for out in ("out", "only"))
     moved = {k for k, p in after["model"].items() if not torch.equal(p, before["model"][k])}
     assert moved == {f"blocks.{i}.attention.{W}.weight" for i in (0, 1) for W in ("W_DKV", "W_UK")}
     run("--resume", "--out", "only", "--steps", "3")
@@ -335,7 +334,7 @@ def test_only_the_weights_that_are_named_are_trained(finished):
 
 def same_runs(one, two):
     """Everything in two finished runs but the times is bit-equal."""
-    states = [checkpoints.load_checkpoint(f"{out}/checkpoint.pt") for out in (one, two)]
+    states = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in (one, two)]
     for state in states:
         assert 0 < state["log"].pop()["final"]["seconds"] <= state.pop("seconds")
     first, second = (dict(torch.utils._pytree.tree_flatten_with_path(s)[0]) for s in states)
@@ -386,7 +385,7 @@ def test_a_run_that_gets_a_signal_says_how_to_go_on(
     said = capsys.readouterr().err
     assert said.endswith(f"--resume --out {out}\n")
     assert end == signal.SIGINT or f"after step {saved} and saved" in said
-    assert checkpoints.load_checkpoint(f"{out}/checkpoint.pt")["step"] == saved
+    assert common.load_checkpoint(f"{out}/checkpoint.pt")["step"] == saved
     run("--resume", "--out", out)
     same_runs("out", out)
 
@@ -396,7 +395,7 @@ def test_two_processes_train_like_one(layers):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, "--", train.__file__, *layers, "--out", "two", "--micro-batch", "4"]
     subprocess.run(command, check=True)
-    runs = [checkpoints.load_checkpoint(f"{out}/checkpoint.pt") for out in ("layers", "two")]
+    runs = [common.load_checkpoint(f"{out}/checkpoint.pt") for out in ("layers", "two")]
     losses = [[line["loss"] for line in run["log"] if "loss" in line] for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(runs[0]["model"], runs[1]["model"], rtol=0, atol=1e-3)
@@ -473,7 +472,7 @@ def test_a_run_stays_alone_in_its_folder_and_is_not_overwritten(finished, capsys
     assert Path("out/checkpoint.pt").read_bytes() == before
     shutil.copytree("out", "again")
     run(*SMALL, "--out", "again", "--overwrite", "--steps", "1")
-    assert checkpoints.load_checkpoint("again/checkpoint.pt")["step"] == 1
+    assert common.load_checkpoint("again/checkpoint.pt")["step"] == 1
 
 
 def test_a_run_does_not_go_on_with_other_text(finished, capsys):
@@ -490,7 +489,7 @@ def test_a_run_does_not_go_on_with_other_text(finished, capsys):
 def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(finished, capsys):
     flags, kept = [*SMALL, "--out", "kept"], Path("kept/checkpoint.pt")
     refuses(["lower --lr"], capsys, run, *flags, "--lr", "1e38")
-    weights = checkpoints.load_checkpoint(kept)["model"].values()
+    weights = common.load_checkpoint(kept)["model"].values()
     assert all(p.isfinite().all() for p in weights)
     before = kept.read_bytes()
     Path("kept/checkpoint.pt.partial").symlink_to("/dev/full")
@@ -515,10 +514,10 @@ def test_a_damaged_or_hostile_checkpoint_is_one_line_and_runs_no_code(finished, 
         flipped[place] ^= 1 << draw.integers(8)
         Path("flipped.pt").write_bytes(flipped)
         try:  # bits between the parts of the file, and in its list of parts, may not matter
-            found = checkpoints.load_checkpoint("flipped.pt")
+            found = common.load_checkpoint("flipped.pt")
         except UserError:
             continue
-        weights = checkpoints.load_checkpoint("out/checkpoint.pt")["model"]
+        weights = common.load_checkpoint("out/checkpoint.pt")["model"]
         assert all(torch.equal(found["model"][name], weights[name]) for name in weights), place
 
     saved = torch.load("out/checkpoint.pt", weights_only=True)
@@ -529,7 +528,7 @@ def test_a_damaged_or_hostile_checkpoint_is_one_line_and_runs_no_code(finished, 
         refuses(["lost", word], capsys, run, "--resume", "--out", "lost", "--steps", "50")
     torch.save(saved | {"step": Hostile()}, "hostile.pt")
     with pytest.raises(UserError, match="hostile.pt is not a checkpoint"):
-        checkpoints.load_checkpoint("hostile.pt")
+        common.load_checkpoint("hostile.pt")
     assert not Path("owned").exists()
 
 
@@ -586,7 +585,7 @@ def test_mistakes_are_one_line_and_status_2(command, words, finished, capsys):
         "old": {"config": saved["config"] | {"qkv_bias": False}},
     }.items():
         Path(name).mkdir(exist_ok=True)
-        checkpoints.save(Path(name, "checkpoint.pt"), **saved | change | {"log": []})
+        common.save(Path(name, "checkpoint.pt"), **saved | change | {"log": []})
     flags = command.split()
     start = [] if {"--resume", "--init"} & {*flags} else [*SMALL, "--out", "elsewhere"]
     refuses(words, capsys, run, *start, *flags)

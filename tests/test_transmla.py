@@ -15,7 +15,6 @@ import tokenizers
 import torch
 import transformers
 
-import checkpoints
 import common
 import hub
 import train
@@ -479,9 +478,9 @@ def test_several_sizes_are_compared_and_the_last_is_saved_beside_the_gqa(
     cut_twice = [[d_c, 4, m, size] for d_c, size in ((16, 80), (8, 48)) for m in (6, 4)]
     assert sizes == [[0, 0, 6, 96], *exact, *cut_twice]
 
-    gqa, _ = checkpoints.load("out/transmla/gqa/checkpoint.pt", "cpu")
+    gqa, _ = common.load("out/transmla/gqa/checkpoint.pt", "cpu")
     assert error(gqa(TOKENS)[0], original(TOKENS).logits) < 1e-6
-    mla, encoding = checkpoints.load("out/transmla/checkpoint.pt", "cpu")
+    mla, encoding = common.load("out/transmla/checkpoint.pt", "cpu")
     assert (mla.config.d_c, mla.config.d_R) == (8, 4)
     text, other = transmla.read_text("model/text.txt", 8192, encoding, 64)
     for row, m in zip(rows[-2:], (6, 4)):
@@ -499,7 +498,7 @@ def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(
     path = "out/transmla/checkpoint.pt"
     main_of(monkeypatch, *FLAGS, "--budgets", "6,4,2")
     assert "| pretrained_matmla | 12 | 12 | 2 | 96 |" in capsys.readouterr().out
-    ours, encoding = checkpoints.load(path, "cpu")
+    ours, encoding = common.load(path, "cpu")
     for block, layer, head in zip(ours.blocks, original.model.layers, LOUD):
         W_O = layer.self_attn.o_proj.weight[:, 4 * head : 4 * head + 4]
         assert torch.equal(block.attention.W_O.weight[:, :4], W_O), "the loudest is not the first"
@@ -514,13 +513,13 @@ def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(
     train.main()
     log = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line["val_loss"] for line in log if "val_loss" in line]
-    tokens = prepare("model/text.txt", checkpoints.load_checkpoint(path)["encoding"], 0, 266)
+    tokens = prepare("model/text.txt", common.load_checkpoint(path)["encoding"], 0, 266)
     _, held_out = read_tokens(tokens, 32, 266)
     ours.config = replace(ours.config, context=32)
     budgets = (6, 4, 2)
     for m, loss in zip(budgets, common.evaluate(ours, held_out, 256, budgets)):
         assert first[str(m)] == pytest.approx(loss, abs=1e-4) and last[str(m)] < loss - 0.5
-    trained, _ = checkpoints.load("on/checkpoint.pt", "cpu")
+    trained, _ = common.load("on/checkpoint.pt", "cpu")
     for block in trained.blocks:
         assert block.attention.W_UK.weight.abs().min() > 0, "training found no way in"
 
@@ -531,7 +530,7 @@ def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, monkey
     theirs = hf_model(family)
     theirs.save_pretrained("model")
     main_of(monkeypatch, "model", "--device", "cpu")
-    saved = checkpoints.load_checkpoint("out/transmla/checkpoint.pt")
+    saved = common.load_checkpoint("out/transmla/checkpoint.pt")
     assert saved["encoding"] is None
     ours = transmla.build(Config(**saved["config"]), saved["model"])
     assert error(ours(TOKENS)[0], theirs(TOKENS).logits) < 1e-5
@@ -540,7 +539,7 @@ def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, monkey
 def test_for_deepseek_an_ordinary_mla_is_saved(original, monkeypatch, capsys):
     main_of(monkeypatch, *FLAGS, "--deepseek", "--budgets", "6,4")
     assert "| matmla | 20 | 4 | 4 | 96 |" in capsys.readouterr().out
-    ours, encoding = checkpoints.load("out/transmla/checkpoint.pt", "cpu")
+    ours, encoding = common.load("out/transmla/checkpoint.pt", "cpu")
     assert type(ours.blocks[0].attention) is ATTENTION["matmla"]
     text, _ = transmla.read_text("model/text.txt", 64, encoding, 64)
     assert all(ours(text[:, :-1], text[:, 1:], m)[1].isfinite() for m in (6, 4))
