@@ -8,17 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench_cache
 import common
-import data
 import decode
 from matmla import ATTENTION, GPT, Block, Config
-from test_matmla import error, make, randomized, readers, some_tokens
+from test_matmla import error, make, operations, randomized, readers, some_tokens
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # In pretrained attentions, frequencies start anew after d_h = 10 numbers.
@@ -187,10 +184,9 @@ def test_the_papers_costs_are_those_of_the_weights_that_a_token_uses():
         assert row["counted, mixed"] == W_Q * used / 6 + 2 * W_Q * written / 6
         assert (row["cached"], row["cached, mixed"]) == (2 * used * 10, 2 * written * 10)
 
-        for reader in ("expanded", "absorbed"):
+        for reader, keys in (("expanded", made), ("absorbed", used)):
             row = rows["matmla", reader, alpha]
             assert row["counted"] == shared + (of_queries + of_keys) * used
-            keys = made if reader == "expanded" else used
             assert row["counted, mixed"] == shared + of_queries * used + of_keys * keys
             assert row["cached"] == row["cached, mixed"] == 14 + 8
 
@@ -215,9 +211,8 @@ def test_steps_and_prompts_are_timed_beside_mha(monkeypatch, says):
     flops = []
 
     def seconds(call):
-        with FlopCounterMode(display=False) as counter:
-            assert len(call()) == 2  # a token for each sequence
-        flops.append(counter.get_total_flops())
+        assert len(call()) == 2  # a token for each sequence
+        flops.append(operations(call))
         return next(times)
 
     monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
@@ -301,11 +296,10 @@ def trained(tmp_path, monkeypatch):
 
 def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, says):
     rows = printed(says, "--switch run")["perplexity"]["run"]
-    folder = data.prepare("text.txt", "bytes", 0, 257)
-    text = np.fromfile(folder / "val.bin", np.uint16)
+    _, held_out, _ = common.load_run(Path("run"), "cpu")
     assert list(rows[0]) == ["a \\ b", "6", "4", "1"]
     for row, prefix in zip(rows, (6, 4, 1), strict=True):
-        losses = common.evaluate_after(prefix, trained, text, 128, (6, 4, 1))
+        losses = common.evaluate_after(prefix, trained, held_out, 128, (6, 4, 1))
         right = [prefix, *map(math.exp, losses)]
         assert list(row.values()) == pytest.approx(right, rel=1e-5)
 

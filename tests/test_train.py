@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
 import filelock
@@ -118,18 +117,6 @@ def test_steps_are_those_of_a_plain_loop(objective, monkeypatch):
         assert found.item() == pytest.approx(loss.item(), rel=1e-9)
     for (name, p), right in zip(ours.named_parameters(), plain.parameters()):
         assert (p - right).norm() < 1e-7 * right.norm(), name
-
-
-def test_layers_draw_by_their_shares_and_independently():
-    """10,000 vectors of 5 layers: shares within three standard deviations, correlations in four."""
-    args = settings("--n-layer 5 --shares 3,2,1")
-    drawn = np.array([next(train.micro_batches(args, step))[1] for step in range(10_000)])
-    for m, share in ((12, 3 / 6), (8, 2 / 6), (4, 1 / 6)):
-        deviation = (share * (1 - share) / 10_000) ** 0.5
-        assert (abs((drawn == m).mean(0) - share) < 3 * deviation).all()  # of every layer
-    steps_and_the_next = np.hstack((drawn[:-1], drawn[1:]))
-    correlations = np.corrcoef(steps_and_the_next.T)[np.triu_indices(10, 1)]
-    assert (abs(correlations) < 4 / 10_000**0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -343,11 +330,11 @@ def test_a_resumed_run_keeps_its_model_its_objective_and_its_data(finished, refu
     assert (args.lr, args.steps, args.d) == (0.1, 50, 24)
 
 
-def test_a_seed_gives_the_weights():
-    one, again, other = (train.build(settings(f"--seed {seed}"), CPU)[0] for seed in (3, 3, 4))
-    torch.testing.assert_close(one.state_dict(), again.state_dict(), rtol=0, atol=0)
-    for (name, p), q in zip(one.named_parameters(), other.parameters()):
-        assert p.dim() == 1 or not torch.equal(p, q), name
+def test_another_seed_gives_other_weights():
+    """The same seed gives the same, or no run would go on as if it had never stopped."""
+    one, other = (train.build(settings(f"--seed {seed}"), CPU)[0] for seed in (3, 4))
+    for p, q in zip(one.parameters(), other.parameters()):
+        assert p.dim() == 1 or not torch.equal(p, q)
 
 
 def test_a_run_is_summed_up_for_all_its_tokens_processes_and_bytes(monkeypatch):
@@ -357,10 +344,10 @@ def test_a_run_is_summed_up_for_all_its_tokens_processes_and_bytes(monkeypatch):
     args = settings("--shares 5,2,1 --seed 3")
     model = GPT(train.make_config(vars(args)))
     looks = [{"step": 30, "val_loss": {"12": 3.0}}, {"step": 40, "val_loss": {"12": 2.0}}]
-    book = SimpleNamespace(speed=7000.0, seconds=50.0, tokens_per_step=12 * 32, entries=looks)
+    book = Mock(speed=7000.0, seconds=50.0, tokens_per_step=12 * 32, entries=looks)
     world = World(torch.device("cuda", 0), 0, 2)
     cost = train.flops_per_token(args)
-    run = SimpleNamespace(args=args, model=model, book=book, world=world)
+    run = Mock(args=args, model=model, book=book, world=world)
     assert train.Run.summary(run) == {
         "variant": "matmla, layers 5:2:1",
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -414,9 +401,6 @@ def test_a_run_stays_alone_in_its_folder_and_is_not_overwritten(finished, refuse
     with filelock.FileLock("out/.lock"):
         refuses(["another run", "out"], run, "--resume", "--out", "out")
     assert Path("out/checkpoint.pt").read_bytes() == before
-    shutil.copytree("out", "again")
-    run(*SMALL, "--out", "again", "--overwrite", "--steps", "1")
-    assert saved("again")["step"] == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a full disk")
@@ -429,6 +413,8 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(finished, 
     refuses(["cannot save kept/checkpoint.pt", "No space left"], run, *flags, "--overwrite")
     assert Path("kept/checkpoint.pt").read_bytes() == before
     assert not list(Path("kept").glob("*.partial"))
+    run(*flags, "--overwrite", "--steps", "1")
+    assert saved("kept")["step"] == 1
 
 
 class Hostile:

@@ -462,12 +462,11 @@ def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(orig
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3"])
-def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, monkeypatch, says):
-    monkeypatch.chdir(tmp_path)
+def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, says):
     theirs = hf_model(family)
-    theirs.save_pretrained("model")
-    says(transmla, "model --device cpu")
-    saved = common.load_checkpoint(OUT)
+    theirs.save_pretrained(tmp_path)
+    says(transmla, f"{tmp_path} --device cpu --out {tmp_path}/out")
+    saved = common.load_checkpoint(tmp_path / "out/checkpoint.pt")
     assert saved["encoding"] is None
     ours = transmla.build(Config(**saved["config"]), saved["model"])
     assert error(ours(TOKENS)[0], theirs(TOKENS).logits) < 1e-5
