@@ -246,10 +246,11 @@ def test_a_run_reports_and_saves_and_another_starts_from_its_sizes_tokens_and_we
     model, _ = common.load(Path("out/checkpoint.pt"), "cpu")
     assert list(last.values()) == common.evaluate(model, TOKENS[18_000:], 256, (12, 8, 4))
 
-    start = "--init out/checkpoint.pt --out new --device cpu --data text".split()
+    start = "--init out/checkpoint.pt --out new --device cpu".split()
     _, args = train.settings([*start, "--context", "16"])
     assert (args.d, args.context, args.encoding, args.steps) == (24, 16, "bytes", 450)
-    run(*start, "--steps", "1")
+    assert args.data == "stdlib"
+    run(*start, "--data", "text", "--steps", "1")
     assert log_of("new")[0]["val_loss"] == last
     adamw = saved("new")["optimizers"][1]
     assert adamw["state"][0]["step"] == 1, "the first run's optimizer goes on"
@@ -406,7 +407,9 @@ def test_a_run_stays_alone_in_its_folder_and_is_not_overwritten(finished, refuse
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a full disk")
 def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(finished, refuses):
     flags = [*SMALL, "--out", "kept"]
-    refuses(["lower --lr"], run, *flags, "--lr", "1e38")
+    for words, every in ("a weight is not finite", "10"), ("the loss is nan", "20"):
+        diverging = ["--lr", "1e38", "--eval-every", every, "--overwrite"]
+        refuses([words, "lower --lr"], run, *flags, *diverging)
     assert all(p.isfinite().all() for p in saved("kept")["model"].values())
     before = Path("kept/checkpoint.pt").read_bytes()
     Path("kept/checkpoint.pt.partial").symlink_to("/dev/full")
