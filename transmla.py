@@ -281,8 +281,10 @@ def plan(args, gqa, weights):
         return [exact]
 
     full = gqa.d_R
+    norm_eps = gqa.norm_eps
     if args.deepseek:  # one key with RoPE; a latent need not be wider than x
         attention = kind
+        norm_eps = 1e-6  # transformers gives the norms of latents no other
         d_R = args.d_R or gqa.d_h
         most = min(2 * full - d_R, gqa.d)
         widths = args.d_c or (most,)
@@ -306,7 +308,8 @@ def plan(args, gqa, weights):
     for words in wrong:
         if wrong[words]:
             raise UserError(words)
-    return [exact, *(replace(exact, attention=attention, d_c=d_c, d_R=d_R) for d_c in widths)]
+    other = replace(exact, attention=attention, d_R=d_R, norm_eps=norm_eps)
+    return [exact, *(replace(other, d_c=d_c) for d_c in widths)]
 
 
 def write(path, config, weights, encoding):

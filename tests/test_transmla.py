@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import common
+import export
 import hub
 import train
 import transmla
@@ -472,12 +473,14 @@ def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, says):
     assert error(ours(TOKENS)[0], theirs(TOKENS).logits) < 1e-5
 
 
-def test_for_deepseek_an_ordinary_mla_is_saved(original, says):
+def test_for_deepseek_an_ordinary_mla_is_saved_which_a_server_gets(original, says):
     assert "| matmla | 20 | 4 | 4 | 96 |" in says(transmla, FLAGS + "--deepseek --budgets 6,4")
     ours, encoding = common.load(OUT, "cpu")
     assert type(ours.blocks[0].attention) is ATTENTION["matmla"]
-    text, _ = transmla.read_text("model/text.txt", 64, encoding, 64)
-    assert all(ours(text[:, :-1], text[:, 1:], m)[1].isfinite() for m in (6, 4))
+    text = transmla.read_text("model/text.txt", 64, encoding, 64)[0][:, :-1]
+    for m in 6, 4:
+        served = export.to_transformers(ours, m, encoding.eot_token, vllm=True)
+        assert error(ours(text, heads=m)[0], served(text).logits) < 1e-5
 
 
 @pytest.mark.parametrize(
