@@ -267,6 +267,11 @@ OVERFITTING = read("overfitting_control.json")
 deviations = [
     stdev(run["val_loss"][str(m)] for run in seeds(OVERFITTING, f"mla{m}")) for m in (12, 8, 4)
 ]
+on_batches = {
+    name: fmean(run["last_batches"] for run in seeds(OVERFITTING, name))
+    for name in ("mla12", "mla8", "mla4", "matmla")
+}
+assert min(on_batches, key=on_batches.get) == "mla12"
 ahead = below(perplexity(LESS_TEXT, "matmla"), perplexity(LESS_TEXT, "mla") * 3)
 claim(
     "drew # tokens from only 78M, each # times",
@@ -525,7 +530,7 @@ row("MatMLA at 12, without absorption", *decoding("matmla", reader="naive"))
 reading = {name: decoding(name, kind="attention read, µs") for name in ("mha", "matmla")}
 row("attention of a layer: MHA; MatMLA", *by_turns(*reading.values()))
 
-copy = DECODING[-7]["GB/s"] / DECODING[-7]["of copy"]
+copy = ratios(decoding("mha", kind="GB/s"), decoding("mha", kind="of copy"))[-1]
 cache_of_layer = 64 * 8192 * SIZES["paper"]["matmla"]["numbers in a layer"] * 2 / 1e9
 claim(
     "MatMLA makes # times MHA's tokens per second; its attention alone is # times as fast, at #%",
