@@ -608,6 +608,15 @@ claim(
 
 # TEACHING.md
 
+section("TEACHING.md", "3. The objective (exercises 11, 14, 16) · 8 hours · 30 points")
+MASKS = read("masks.json")
+claim(
+    "the held-out loss is # nats per byte, where the right mask gives #",
+    MASKS["sees the next token"]["val_loss"]["12"],
+    MASKS["right"]["val_loss"]["12"],
+)
+claim("The loss is # again", MASKS["does not see itself"]["val_loss"]["12"])
+
 section("TEACHING.md", "Short answers to the questions of README and exercises")
 claim("with the paper preset it is #% of those at 12 heads", 100 * share_read(False))
 claim("(#% as `decode.py` joins them)", 100 * share_read(True))
