@@ -82,6 +82,12 @@ def read(name):
     return [*map(json.loads, text.splitlines())] if "jsonl" in name else json.loads(text)
 
 
+def read_table(name):
+    """The cells of Markdown tables that a command printed, row by row."""
+    lines = (HERE / name).read_text("utf-8").splitlines()
+    return [[x.strip() for x in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+
+
 def seeds(report, name):
     """The runs of a report with this name, or with this name and a seed."""
     return [report[key] for key in report if re.fullmatch(rf"{re.escape(name)}(\.\d)?", key)]
@@ -585,7 +591,34 @@ row(
 one, two = (run["tokens_per_second"] for run in read("two_gpus.json").values())
 claim("# and # tokens per second, # times as many", one, two, two / one)
 
+beside = [run["ratio"] for run in read("beside_transformers.jsonl")]
+one, eight = [sorted(run[batch] for run in beside) for batch in ("1", "8")]
+claim(
+    "A step takes # to # times as long there with one sequence, # to # with eight",
+    *(one[0], one[-1], eight[0], eight[-1]),
+)
+
 section("RESULTS.md", "TransMLA")
+printed = read_table("transmla_smollm2.log")
+off = {cells[0]: [*map(float, cells[1:])] for cells in printed if "our" in cells[0]}
+caches = {
+    (cells[1], cells[2]): (int(cells[4].replace(",", "")), float(cells[5]))
+    for cells in printed
+    if "pretrained" in cells[0]
+}
+claim("from transformers is # for our GQA", off["our GQA"][0])
+for each in off["our MLA, naive"], off["our MLA, absorbed"]:
+    claim("and # for our MLA, in float32", each[0])
+    claim("In float64 our MLA differs from our GQA by at most #", each[1])
+for each in caches["", ""], caches["192", "192"]:
+    claim("Perplexity is # before and after", each[1])
+    claim("and the cache takes # bytes per token", each[0])
+in_order = "192 192", "256 128", "192 128", "256 64", "192 64", "128 128", "128 64", "64 64"
+columns = [caches[tuple(widths.split())] for widths in in_order]
+row("d_c, d_R", *(int(width) for widths in in_order for width in widths.split()))
+row("cache, bytes per token", *(size for size, _ in columns))
+row("perplexity", *(mean for _, mean in columns))
+
 HEALED = read("heal_smollm2.json")
 
 
