@@ -12,13 +12,13 @@ import filelock
 import numpy as np
 import torch
 
-from data import fingerprint, prepare, read_tokens, windows
+from data import open_tokens, windows
 from devices import mixed_precision
 from matmla import ATTENTION, Config
 from pretrained import make_model  # which also adds the attentions of converted models
-from tokenizer import UserError, get_encoding
+from tokenizer import UserError, explained, get_encoding
 
-FIELDS = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+FIELDS = vars(Config())  # {name: default}
 PRESETS = {  # settings of train.py that differ from its defaults
     "tiny": {},  # a laptop, minutes
     "small": dict(  # one GPU, minutes: 30M parameters
@@ -139,11 +139,12 @@ def heads_of(text):
 
 def check_budgets(budgets, config):
     """UserError unless they are different, largest first, and heads that the attention has."""
-    c, unit = config, config.n_kv if config.attention == "nested_gqa" else 1
-    allowed = {*range(unit, c.n_h + 1, unit)} if ATTENTION[c.attention].nested else {c.n_h}
-    if not budgets or list(budgets) != sorted(set(budgets) & allowed, reverse=True):
+    with torch.device("meta"):  # without weights
+        unit = ATTENTION[config.attention](config).unit
+    allowed = range(unit, config.n_h + 1, unit)
+    if list(budgets) != sorted(set(budgets) & set(allowed), reverse=True):
         raise UserError(
-            f"budgets {budgets} must be different, the largest first, and in {sorted(allowed)}"
+            f"budgets {budgets} must be different, the largest first, and in {[*allowed]}"
         )
 
 
@@ -259,7 +260,9 @@ CONTENT = {  # what a checkpoint has at least, and of which type
 
 def load_checkpoint(path, device="cpu"):
     """What `save` wrote, as a dict. UserError if it is damaged, or something else."""
-    try:
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}: train one first, with python train.py")
+    with explained(f"{path} is not a checkpoint of train.py"):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # the parts have checksums, which torch does not look at
         if damaged:
@@ -268,11 +271,6 @@ def load_checkpoint(path, device="cpu"):
         for name, kind in CONTENT.items():
             if not isinstance(content[name], kind):
                 raise ValueError(f"{name} is a {type(content[name]).__name__}")
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train one first, with python train.py") from None
-    except Exception as error:  # whatever is wrong with the file
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from error
     unlike = content["config"].keys() ^ FIELDS.keys()
     if unlike:
         names = ", ".join(sorted(map(str, unlike)))
@@ -282,11 +280,8 @@ def load_checkpoint(path, device="cpu"):
 
 def fill(model, weights, path):
     """Give the model the weights of a checkpoint. UserError if they are of another shape."""
-    try:
+    with explained(f"the weights of {path} do not fit"):
         model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:  # the second line is the first difference
-        difference = str(error).splitlines()[-1 if "\n" not in str(error) else 1]
-        raise UserError(f"the weights of {path} do not fit: {difference}") from None
 
 
 def load(path, device, content=None):
@@ -305,23 +300,18 @@ def load_run(folder, device):
     path = folder / "checkpoint.pt"
     content = load_checkpoint(path, device)
     model, _ = load(path, device, content)
-    config = model.config
-    settings = content["settings"]
+    c, settings = model.config, content["settings"]
     if "data" not in settings:
         raise UserError(f"{folder} was not trained by train.py, so it has no held-out text")
-    text = prepare(settings["data"], content["encoding"], settings["tokens"], config.vocab_size)
-    _, held_out = read_tokens(text, config.context, config.vocab_size)
-    if content.get("data") not in (None, fingerprint(text)):  # None: from older versions
-        raise UserError(f"{settings['data']} has changed since {folder} was trained: {text}")
+    source = settings["data"], content["encoding"], settings["tokens"], c.vocab_size
+    _, held_out, text, _ = open_tokens(*source, c.context, folder, content.get("data"))
     return model, held_out, text
 
 
-@contextmanager
 def claim(out):
     """Keep other runs out of a folder: `with claim(out):`. The lock dies with the process, too."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(out / ".lock", timeout=0):
-            yield
+        return filelock.FileLock(out / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another run is training into {out}") from None

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 import sys
@@ -54,7 +53,6 @@ def rows(source):
     if isinstance(source, str):
         import datasets  # slow to import
 
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # our own line says it
         name = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-10BT"}.get(source, source)
         name, _, config = name.partition(":")
         yield from datasets.load_dataset(name, config or None, split="train", streaming=True)
@@ -123,16 +121,15 @@ def encode(data, encoding):
     front = len(encoding.encode_ordinary(""))
     pairs = texts(data)
     number = 0
-    is_first = True
+    skip = 0
     while batch := list(islice(pairs, 128)):  # at once, they are work for several threads
         found = encoding.encode_ordinary_batch([part for part, _ in batch])
         for tokens, (_, is_last) in zip(found, batch):
-            skip = 0 if is_first else front
             end = [encoding.eot_token] if is_last else []
             yield number, tokens[skip:] + end
+            skip = 0 if is_last else front  # the next part of the same document has no front
             if is_last:
                 number += 1
-            is_first = is_last
 
 
 def item_type(vocab_size):
@@ -213,14 +210,13 @@ def write_tokens(data, encoding, most, kind, folder):
 
 def hold_out_tail(folder, itemsize):
     """Put all tokens into train.bin, and then the last 20th of them into val.bin."""
-    with open(folder / "val.bin", "ab") as file, open(folder / "train.bin", "rb") as rest:
+    train, val = folder / "train.bin", folder / "val.bin"
+    with open(val, "ab") as file, open(train, "rb") as rest:
         shutil.copyfileobj(rest, file)
-    (folder / "val.bin").replace(folder / "train.bin")
-    with open(folder / "train.bin", "r+b") as file, open(folder / "val.bin", "wb") as tail:
-        count = file.seek(0, os.SEEK_END) // itemsize
-        cut = file.seek(count * 19 // 20 * itemsize)
-        shutil.copyfileobj(file, tail)
-        file.truncate(cut)
+    val.replace(train)
+    cut = train.stat().st_size // itemsize * 19 // 20 * itemsize
+    np.fromfile(train, np.uint8, offset=cut).tofile(val)
+    os.truncate(train, cut)
 
 
 def read_tokens(folder, context, vocab_size):
@@ -264,16 +260,27 @@ def fingerprint(folder):
     return {"bytes": sizes, "sha256": digest.hexdigest()}
 
 
+def open_tokens(data, encoding_name, tokens, vocab_size, context, run, known):
+    """What a run reads: (train.bin, val.bin, their folder, their fingerprint), prepared if need be.
+
+    known: the fingerprint when the run was started, or None. UserError if it was another.
+    """
+    folder = prepare(data, encoding_name, tokens, vocab_size)
+    train, held_out = read_tokens(folder, context, vocab_size)
+    found = fingerprint(folder)
+    if known not in (None, found):
+        raise UserError(f"{data} has changed since {run} was trained: {folder}")
+    return train, held_out, folder, found
+
+
 def windows(tokens, starts, context, device):
     """Inputs and targets [len(starts), context], int64.
 
     These are `context` tokens from each start on, and for each the one after it. UserError if the
     file of the tokens was cut meanwhile, which would end the process without a message.
     """
-    on_disk = isinstance(tokens, np.memmap)
-    size = os.path.getsize(tokens.filename) if on_disk else tokens.nbytes
-    if size < tokens.nbytes:
-        raise UserError(f"{tokens.filename} was cut from {tokens.nbytes} to {size} bytes")
+    if isinstance(tokens, np.memmap) and os.path.getsize(tokens.filename) < tokens.nbytes:
+        raise UserError(f"{tokens.filename} was cut: it had {tokens.nbytes} bytes before")
     both = np.stack([tokens[i : i + context + 1] for i in starts])
     both = torch.from_numpy(both.astype(np.int64))
     if device.type == "cuda":

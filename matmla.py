@@ -11,7 +11,7 @@ read next to the papers. First read sections 2.1.1 to 2.1.3 of [2], then section
   d       d          d       hidden_size           width of the model
   n_h     h          n_h     num_attention_heads   heads
   d_h     d_h - r    d_h     qk_nope_head_dim      width of a head's query and key without position
-  d_h     d_h        d_h     v_head_dim            width of a head's value; in [1] it is r wider
+  d_h     d_h        d_h     v_head_dim            width of a head's value; in [1] that is r wider
   d_R     r          d_h^R   qk_rope_head_dim      width of the part of query and key with position
   d_c     c          d_c     kv_lora_rank          width of the latent of keys and values
   d_cq    c_q        d_c'    q_lora_rank           width of the latent of queries
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         return budgets
 
     def room(self, cache=None):
-        """How many heads can read a row: all, unless the rows of the cache were made for fewer."""
+        """How many heads can read a row: all; of a cache with a third of MHA's numbers, 4 of 12."""
         full_width = self.row_width(self.n_h)
         return self.n_h * (cache.rows.shape[-1] if cache else full_width) // full_width
 
@@ -282,7 +282,7 @@ class GQA(MHA):
 class NestedGQA(GQA):
     """Nested GQA, not in the papers: GQA read by its first m heads. No head writes here either.
 
-    Head h reads group h mod n_kv, so that m heads use all groups: m is a multiple of n_kv.
+    Head h reads group h mod n_kv, so that the first m use all: m is a multiple of n_kv.
     """
 
     nested = True

@@ -18,7 +18,8 @@ class UserError(ValueError):
 
 @contextmanager
 def explained(message):
-    """Inside, whatever a library says is wrong becomes a UserError: the message, then its own."""
+    """Inside, whatever goes wrong becomes a UserError: this message, then the library's own."""
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it would say it, too
     try:
         yield
     except Exception as error:  # the libraries have no class of their own for this
@@ -127,7 +128,6 @@ def read_tokenizer(name):
     if name == "bytes" or name in tiktoken.list_encoding_names():
         return name
     files = ["tokenizer.json", "tokenizer_config.json"]
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # our own line says it
     with explained(
         f"no tokenizer {name}: not bytes, none of tiktoken, and no folder or model on the "
         "Hugging Face hub with tokenizer.json and an eos_token"

@@ -43,7 +43,7 @@ from common import (
     save,
     write_log,
 )
-from data import fingerprint, prepare, read_tokens, windows
+from data import open_tokens, prepare, windows
 from devices import (
     Captured,
     CapturedPasses,
@@ -55,69 +55,70 @@ from devices import (
 from matmla import ATTENTION, GPT
 from muon import Muon
 from pretrained import make_model
-from tokenizer import UserError, get_encoding, read_tokenizer
+from tokenizer import UserError, explained, get_encoding, read_tokenizer
 
 OBJECTIVES = "mixed", "sum", "sample", "layers"  # described in micro_batches
 
 # ---------------------------------------------------------------- the command line
 
 
-def make_parser():
-    """Every flag with its help. Defaults are those of the preset tiny."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--preset", default="tiny", choices=PRESETS, help="sizes and recipe, changed by other flags"
-    )
-    add(
-        "--data",
+FLAGS = {  # beside those of the model; the defaults are the preset tiny
+    "--preset": dict(
+        default="tiny", choices=PRESETS, help="sizes and recipe, changed by other flags"
+    ),
+    # what is read
+    "--data": dict(
         default="stdlib",
         help="stdlib, fineweb-edu, NAME or NAME:CONFIG on the Hugging Face hub, files of "
         "text, .jsonl or .parquet, or a folder with train.bin and val.bin of tokens",
-    )
-    add("--tokens", default=0, type=natural, help="prepare so many tokens of the data; 0: all")
-    add(
-        "--tokenizer",
+    ),
+    "--tokens": dict(default=0, type=natural, help="prepare so many tokens of the data; 0: all"),
+    "--tokenizer": dict(
         help="bytes, a name of tiktoken's such as gpt2, or a folder or Hugging Face "
         "id with a tokenizer.json; by default bytes for stdlib, else gpt2",
-    )
-    add("--objective", default="mixed", choices=OBJECTIVES, help="how a step trains the budgets")
-    add(
-        "--shares",
+    ),
+    # how it is learned
+    "--objective": dict(default="mixed", choices=OBJECTIVES, help="how a step trains the budgets"),
+    "--shares": dict(
         type=integers,
-        help="how often each budget has its turn, like 2,1,1; by default "
-        "in proportion to its heads",
-    )
-    add("--steps", default=450, type=positive, help="optimizer steps")
-    add("--batch", default=6, type=positive, help="sequences per step")
-    add("--micro-batch", default=64, type=positive, help="sequences per pass and device, at most")
-    add("--lr", default=0.005, type=float, help="peak rate of Muon: matrices inside the blocks")
-    add("--lr-adamw", default=0.003, type=float, help="peak rate of AdamW: embeddings and norms")
-    add("--warmup", default=20, type=positive, help="steps to the peak rate")
-    add(
-        "--eval-every",
-        default=100,
-        type=positive,
-        help="steps between evaluations on held-out text",
-    )
-    add("--seed", default=0, type=natural, help="of the weights and of the order of the data")
-    add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda")
-    add("--out", default=Path("out"), type=Path, help="folder of the run")
-    add("--overwrite", action="store_true", help="replace the run that is in --out")
-    add("--resume", action="store_true", help="continue the run in --out, with its own settings")
-    add("--init", type=Path, help="a checkpoint.pt: start from its weights, sizes and tokenizer")
-    add("--only", default="", help="train only these weights, like W_DKV,W_KR,W_UK,W_UV")
+        help="how often each budget has its turn, like 2,1,1; by default in proportion to its "
+        "heads",
+    ),
+    "--steps": dict(default=450, type=positive, help="optimizer steps"),
+    "--batch": dict(default=6, type=positive, help="sequences per step"),
+    "--lr": dict(default=0.005, type=float, help="peak rate of Muon: matrices inside the blocks"),
+    "--lr-adamw": dict(default=0.003, type=float, help="peak rate of AdamW: embeddings and norms"),
+    "--warmup": dict(default=20, type=positive, help="steps to the peak rate"),
+    "--only": dict(default="", help="train only these weights, like W_DKV,W_KR,W_UK,W_UV"),
+    "--seed": dict(default=0, type=natural, help="of the weights and of the order of the data"),
+    # where it is computed
+    "--device": dict(default="auto", help="cuda, mps or cpu; auto: the first that is there"),
+    "--compile": dict(
+        action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda"
+    ),
+    "--micro-batch": dict(default=64, type=positive, help="sequences per pass and device, at most"),
+    # the run
+    "--eval-every": dict(
+        default=100, type=positive, help="steps between evaluations on held-out text"
+    ),
+    "--out": dict(default=Path("out"), type=Path, help="folder of the run"),
+    "--overwrite": dict(action="store_true", help="replace the run that is in --out"),
+    "--resume": dict(action="store_true", help="continue the run in --out, with its own settings"),
+    "--init": dict(type=Path, help="a checkpoint.pt: start from its weights, sizes and tokenizer"),
+}
+
+
+def make_parser():
+    """FLAGS, and a flag for every field of Config."""
+    parser = Parser(__doc__)
+    for flag, about in FLAGS.items():
+        parser.add_argument(flag, **about)
     model = parser.add_argument_group("model", "the fields of Config in matmla.py")
     for name, default in FIELDS.items():
-        flag = "--" + name.replace("_", "-")
+        kind = {"type": integers if isinstance(default, tuple) else type(default)}
         if isinstance(default, bool):
-            model.add_argument(
-                flag, default=default, help=name, action=argparse.BooleanOptionalAction
-            )
-        else:
-            kind = integers if isinstance(default, tuple) else type(default)
-            model.add_argument(flag, default=default, help=name, type=kind)
+            kind = {"action": argparse.BooleanOptionalAction}
+        model.add_argument("--" + name.replace("_", "-"), default=default, help=name, **kind)
     return parser
 
 
@@ -128,14 +129,13 @@ def settings(argv=None):
     """
     parser = make_parser()
     early, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[early.preset], start=None)
     start = parser.run(read_start, early)
+    parser.set_defaults(start=start, **PRESETS[early.preset])
     if start:
-        parser.set_defaults(start=start, **start["settings" if early.resume else "config"])
+        parser.set_defaults(**start["settings" if early.resume else "config"])
     args = parser.parse_args(argv)
     parser.run(complete, args)
-    again = f"--resume --out {args.out}"
-    parser.after_interrupt = f"\nstopped; to go on from the last checkpoint: {again}\n"
+    parser.after_interrupt = f"\nto go on from the last checkpoint: --resume --out {args.out}\n"
     return parser, args
 
 
@@ -174,20 +174,21 @@ def complete(args):
     else:
         default = "bytes" if args.data == "stdlib" else "gpt2"
         args.encoding = read_tokenizer(args.tokenizer or default)
-    if args.encoding is not None and not start:
+    if not start:
         n = get_encoding(args.encoding).n_vocab
         rounded = n if args.encoding == "bytes" else math.ceil(n / 64) * 64  # odd sizes are slow
         args.vocab_size = max(args.vocab_size, rounded)
 
     config = make_config(vars(args))
     if not ATTENTION[config.attention].nested:
-        args.budgets = config.budgets = (args.n_h,)
+        args.budgets = (args.n_h,)
     check_budgets(args.budgets, config)
     unit = math.gcd(*args.budgets)
     args.shares = args.shares or tuple(m // unit for m in args.budgets)
     if len(args.shares) != len(args.budgets) or min(args.shares) < 1:
-        n = len(args.budgets)
-        raise UserError(f"shares {args.shares} must be positive, one for each of {n} budgets")
+        raise UserError(
+            f"shares {args.shares} must be positive, one for each of {len(args.budgets)} budgets"
+        )
 
 
 # ---------------------------------------------------------------- the objective
@@ -207,17 +208,18 @@ def micro_batches(args, step, rank=0, world=1):
     """
     turns = np.repeat(args.budgets, args.shares)
     mine = np.arange(rank, args.batch, world)
-    mixed = np.sort(turns[(step * args.batch + np.arange(args.batch)) % len(turns)])[::-1]
-    drawn = np.random.default_rng((args.seed, step, 1)).choice(turns, args.n_layer)
     count = math.ceil(len(mine) / args.micro_batch)
     for sequences in np.array_split(mine, count):  # alike, so that a pass has few budgets
         weight = len(sequences) / len(mine)
         if args.objective == "mixed":
-            yield sequences, tuple(mixed[sequences].tolist()), weight
+            places = step * args.batch + np.arange(args.batch)
+            budgets = np.sort(turns[places % len(turns)])[::-1]  # of the whole batch
+            yield sequences, tuple(budgets[sequences].tolist()), weight
         elif args.objective == "sample":
             yield sequences, int(turns[step % len(turns)]), weight
         elif args.objective == "layers":
-            yield sequences, drawn.tolist(), weight
+            draw = np.random.default_rng((args.seed, step, 1))  # the same in every pass
+            yield sequences, draw.choice(turns, args.n_layer).tolist(), weight
         else:
             for m, share in zip(args.budgets, args.shares):
                 yield sequences, m, weight * share / len(turns)
@@ -295,6 +297,7 @@ def train_step(model, optimizers, tokens, step, args, world, run_pass=run_pass):
 # ---------------------------------------------------------------- the run
 
 LOWER = "nothing was saved since the last evaluation. Try a lower --lr"
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # FLOPs/s, by datasheets
 OF_THIS_CALL = "out", "resume", "init", "start", "encoding", "overwrite"  # not of the run
 
 
@@ -310,7 +313,6 @@ class Logbook:
         self.tokens_per_step = args.batch * args.context
         self.start = time.perf_counter() - seconds
         self.marks = []  # the time at every 10th step
-        self.news = None
         self.bar = tqdm(
             total=args.steps * self.tokens_per_step,
             initial=first * self.tokens_per_step,
@@ -339,18 +341,11 @@ class Logbook:
         self.marks.append(time.perf_counter())
         self.bar.set_postfix(loss=f"{loss:.3f}")
 
-    def held_out(self, step, losses):
-        """The losses on held-out text, {m: loss}."""
-        self.entries.append({"step": step, "val_loss": losses})
+    def tell(self, step, losses):
+        """Print losses on held-out text, {m: loss}. With a lock, Ctrl-C might be a traceback."""
         text = ", ".join(f"{loss:.3f} at {m} heads" for m, loss in losses.items())
         pace = f" ({self.speed:,.0f} tokens/s)" if self.speed else ""
-        self.news = f"step {step}: held-out loss {text}{pace}"
-
-    def tell(self):
-        """Print the newest losses. nolock: with the lock, Ctrl-C might end in a traceback."""
-        if self.news:
-            self.bar.write(self.news, nolock=True)
-        self.news = None
+        self.bar.write(f"step {step}: held-out loss {text}{pace}", nolock=True)
 
 
 def build(args, world):
@@ -387,7 +382,7 @@ def restore(args, optimizers, world):
     if not args.resume:
         return 0, [], 0.0
     start = args.start
-    try:
+    with explained(f"{args.out} cannot be resumed: its optimizers or seconds are damaged"):
         for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for p in optimizer.param_groups[0]["params"]:  # a lost momentum would go unnoticed
@@ -395,10 +390,6 @@ def restore(args, optimizers, world):
                 if start["step"] and p.requires_grad and shapes != {p.shape}:
                     raise ValueError(f"a weight of shape {[*p.shape]} has a momentum of {shapes}")
         seconds = float(start["seconds"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{args.out} cannot be resumed: its optimizers or seconds are damaged: {error}"
-        ) from error
     if world.first:
         write_log(args.out, start["log"])  # a run may have been killed between its two files
     log = [line for line in start["log"] if "final" not in line]  # a longer run has another
@@ -411,16 +402,13 @@ def load_data(args, world):
     if world.first:
         prepare(*source)
     world.wait()
-    folder = prepare(*source)
-    tokens, held_out = read_tokens(folder, args.context, args.vocab_size)
-    known = fingerprint(folder)
-    if args.resume and args.start.get("data") not in (None, known):
-        raise UserError(f"{args.data} has changed since {args.out} was started: {folder}")
-    return tokens, held_out, known
+    known = args.start.get("data") if args.resume else None
+    tokens, held_out, _, found = open_tokens(*source, args.context, args.out, known)
+    return tokens, held_out, found
 
 
 class Run:
-    """A run between two steps. `advance` takes a step, `measure` evaluates, `save` writes."""
+    """A run between two steps. `advance` takes a step, `save` writes, `measure` also evaluates."""
 
     def __init__(self, args, world):
         self.args, self.world = args, world
@@ -431,10 +419,11 @@ class Run:
 
     def __str__(self):
         size = sum(p.numel() for p in self.model.parameters())
-        where = f"{self.world.size} x {self.world.device.type}"
-        text = f"{len(self.tokens):,} tokens to train on, {len(self.held_out):,} held out"
-        what = f"{self.args.attention}, {size:,} parameters, heads {self.args.budgets}"
-        return f"{what}, {where}; {text}"
+        return (
+            f"{self.args.attention}, {size:,} parameters, heads {self.args.budgets}, "
+            f"{self.world.size} x {self.world.device.type}; "
+            f"{len(self.tokens):,} tokens to train on, {len(self.held_out):,} held out"
+        )
 
     def advance(self):
         """Take a step. Only at every 10th does the host wait for the device, to tell the loss."""
@@ -454,21 +443,24 @@ class Run:
         self.step += 1
 
     def measure(self):
-        """Measure the loss on held-out text: on more of it before the first step and at the end."""
+        """Evaluate, save, and tell. Before the first step and at the end more text is read."""
+        budgets, book = self.args.budgets, self.book
         if self.world.first:
             count = 256 if self.step in (0, self.args.steps) else 32
-            budgets = self.args.budgets
             with torch.compiler.set_stance("force_eager"):
-                losses = evaluate(self.model, self.held_out, count, budgets)
-            self.book.held_out(self.step, dict(zip(budgets, losses)))
+                losses = dict(zip(budgets, evaluate(self.model, self.held_out, count, budgets)))
+            book.entries.append({"step": self.step, "val_loss": losses})
+            if self.step == self.args.steps:
+                book.entries.append({"step": self.step, "final": self.summary()})
+        self.save()
+        if self.world.first:  # after saving, for it fails if the reader of a pipe has gone
+            book.tell(self.step, losses)
 
     def save(self):
         """Write checkpoint.pt, from which the run can go on, and metrics.jsonl."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise UserError(f"a weight is not finite after step {self.step}; {LOWER}")
         if self.world.first:
-            if self.step == self.args.steps:
-                self.book.entries.append({"step": self.step, "final": self.summary()})
             save(
                 self.args.out / "checkpoint.pt",
                 config=vars(self.model.config),
@@ -481,16 +473,15 @@ class Run:
                 log=self.book.entries,
                 data=self.data,
             )
-            self.book.tell()  # after saving, for it fails if the reader of a pipe has gone
 
     def summary(self):
         """The last line of a finished run's log, a dict."""
         args, device, book = self.args, self.world.device, self.book
         cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if cuda else device.type
-        dense = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # by datasheets
-        peak = next((flops for chip, flops in dense.items() if chip in name), None)
-        cost, tokens = flops_per_token(args), args.steps * book.tokens_per_step
+        peak = next((flops for chip, flops in PEAK.items() if chip in name), None)
+        cost = flops_per_token(args)
+        tokens = args.steps * book.tokens_per_step
         shares = ":".join(map(str, args.shares))
         nested = ATTENTION[args.attention].nested
         rates = book.speed and peak
@@ -511,45 +502,31 @@ class Run:
         }
 
 
-def heed_sigterm():
-    """A list that is no longer empty once SIGTERM has come, as schedulers send before the end."""
-    came = []
-    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    return came
-
-
 def train(args):
     """The whole run, alone in its folder. Under torchrun every process comes here."""
     world = start_processes(args)
     with claim(args.out) if world.first else nullcontext():
         run = Run(args, world)
-        sigterm = heed_sigterm()
+        sigterm = []  # not empty once SIGTERM has come, as schedulers send it before the end
+        signal.signal(signal.SIGTERM, lambda number, frame: sigterm.append(number))
         if world.first:
             print(run, flush=True)
         if not run.book.entries:  # a run that was stopped at step 0 has them
             run.measure()
-            run.save()
         while run.step < args.steps:
             run.advance()
             if run.step % args.eval_every == 0 or run.step == args.steps:
                 run.measure()
-                run.save()
-            elif sigterm:
-                run.save()
             if sigterm and run.step < args.steps:
-                sys.exit(stopped(args, run.step))
+                run.save()
+                again = f"to go on: --resume --out {args.out}"
+                print(f"stopped after step {run.step} and saved; {again}", file=sys.stderr)
+                sys.exit(128 + signal.SIGTERM)
         run.book.bar.close()
         world.leave()
     if world.first:
         files = f"checkpoint.pt and metrics.jsonl in {args.out}"
         print(f"trained in {run.book.seconds / 60:.1f} minutes; wrote {files}")
-
-
-def stopped(args, step):
-    """Say how to go on after a SIGTERM. Returns the exit status that this signal has."""
-    again = f"--resume --out {args.out}"
-    print(f"stopped after step {step} and saved; to go on: {again}", file=sys.stderr)
-    return 128 + signal.SIGTERM
 
 
 def main():

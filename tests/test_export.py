@@ -1,7 +1,6 @@
 """Tests of export.py: what goes to transformers says the same there."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,27 +27,16 @@ TEXT += "".join(map(chr, SOME))
 
 
 @pytest.fixture
-def in_float64(monkeypatch):
-    """transformers computes norms and angles in float32, whatever the weights are. Here not."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    for name in "float", "float32":
-        monkeypatch.setattr(torch, name, torch.float64)
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """run(model, flags): export.py in an empty folder, with the model as a checkpoint."""
+def run(tmp_path, monkeypatch, says):
+    """run(model, flags): what export.py prints in an empty folder, with the model saved there."""
     monkeypatch.chdir(tmp_path)
 
-    def call(model, flags=""):
+    def run(model, flags=""):
         content = dict(config=vars(model.config), model=model.state_dict(), encoding="bytes")
         common.save(Path("ours.pt"), settings={}, step=0, optimizers=[], log=[], **content)
-        monkeypatch.setattr(
-            sys, "argv", ["export.py", "ours.pt", "--out", "new/hf", *flags.split()]
-        )
-        export.main()
+        return says(export, f"ours.pt --out new/hf {flags}")
 
-    return call
+    return run
 
 
 @pytest.mark.parametrize("vllm", [False, True])
@@ -90,10 +78,10 @@ def test_the_wide_folder_is_exact_at_the_sizes_of_presets(preset, query_latent, 
 
 @pytest.mark.parametrize("program", ["transformers", "vllm"])
 @pytest.mark.parametrize("attention, heads", [("matmla", "4/2"), ("nested_gqa", "3")])
-def test_a_folder_generates_what_ours_does(attention, heads, program, run, capsys):
+def test_a_folder_generates_what_ours_does(attention, heads, program, run):
     model = make(attention, torch.float32, **SIZES)
-    run(model, f"--heads {heads} --for {program}")
-    assert f"a {attention} of {heads} heads" in capsys.readouterr().out
+    printed = run(model, f"--heads {heads} --for {program}")
+    assert f"a {attention} of {heads} heads" in printed
     theirs = transformers.AutoModelForCausalLM.from_pretrained("new/hf")
     prompt = some_tokens(length=20)
     ours = model.generate(prompt, 40, common.heads_of(heads), temperature=0)
@@ -133,20 +121,15 @@ def test_the_tokens_are_ours(run):
     ],
 )
 def test_what_does_not_fit_is_one_line_and_writes_nothing(
-    words, attention, flags, sizes, run, capsys
+    words, attention, flags, sizes, run, refuses
 ):
-    with pytest.raises(SystemExit, match="^2$"):
-        run(make(attention, torch.float32, **SIZES | sizes), flags)
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and words in message
+    refuses([words], run, make(attention, torch.float32, **SIZES | sizes), flags)
     assert not Path("new").exists()
 
 
-def test_a_folder_is_not_overwritten(run, capsys):
+def test_a_folder_is_not_overwritten(run, refuses):
     model = make("mha", torch.float32, **SIZES)
     run(model)
     before = Path("new/hf/config.json").stat()
-    with pytest.raises(SystemExit, match="^2$"):
-        run(model)
-    assert "new/hf exists" in capsys.readouterr().err
+    refuses(["new/hf exists"], run, model)
     assert Path("new/hf/config.json").stat() == before and len([*Path("new").iterdir()]) == 1

@@ -1,16 +1,15 @@
 """Tests of report.py and dial.py, on runs with random weights."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 import common
@@ -63,40 +62,16 @@ def write_run(folder, attention="matmla", seed=0, losses=(5.0, 5.5, 6.0), data="
     return model
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty folder, but for a folder with tokens, text."""
+TOKENS = np.random.default_rng(0).integers(257, size=(2, 301)).astype(np.uint16)
+
+
+@pytest.fixture(autouse=True)
+def in_a_new_folder(tmp_path, monkeypatch):
+    """It is empty, but for a folder with tokens, text."""
     monkeypatch.chdir(tmp_path)
-    tokens = np.random.default_rng(0).integers(257, size=(2, 301)).astype(np.uint16)
     Path("text").mkdir()
-    tokens[0].tofile("text/train.bin")
-    tokens[1].tofile("text/val.bin")
-    return torch.from_numpy(tokens[1].astype(np.int64))
-
-
-@pytest.fixture
-def says(here, monkeypatch, capsys):
-    """What a script prints for a line of arguments."""
-
-    def says(script, arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments.split()])
-        script.main()
-        return capsys.readouterr().out
-
-    return says
-
-
-@pytest.fixture
-def refuses(says, capsys):
-    """It ends with status 2 and one line on stderr that has all of these words."""
-
-    def refuses(script, arguments, *words):
-        with pytest.raises(SystemExit, match="^2$"):
-            says(script, arguments)
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and all(word in message for word in words), message
-
-    return refuses
+    TOKENS[0].tofile("text/train.bin")
+    TOKENS[1].tofile("text/val.bin")
 
 
 @pytest.fixture
@@ -125,13 +100,12 @@ def test_runs_named_after_their_seeds_share_a_row_with_mean_and_half_the_range(s
     write_run("mat.7", seed=7, losses=(5.9, 5.6, 6.3))
     write_run("mat.3", seed=4, losses=(1.0, 2.0, 800.0))  # not named after its seed
     *three, other, _, diverged = cells(says(report, "mat.0 mat.1 mat.7 mat.3").strip())
-    for row, m, mean, spread in zip(three, "642", (16.1 / 3, 5.5, 6.1), (0.45, 0.1, 0.15)):
-        size = f"{sum(p.numel() for p in GPT(Config('matmla', **SIZES)).parameters()):,}"
-        assert row[:6] == ["mat", "matmla, mixed", m, size, "7,800", "1.25e+09"]
-        seconds, cache, loss, perplexity = row[6:]
-        assert (seconds, cache) == ("57", "84")  # (30 + 40 + 100) / 3
-        assert loss == f"{mean:.4f} ± {spread:.4f}"
-        assert perplexity == f"{math.exp(mean):.3f}"
+    size = f"{sum(p.numel() for p in GPT(Config('matmla', **SIZES)).parameters()):,}"
+    assert three == [
+        ["mat", "matmla, mixed", m, size, "7,800", "1.25e+09", "57", "84"]  # (30 + 40 + 100) / 3
+        + [f"{mean:.4f} ± {spread:.4f}", f"{math.exp(mean):.3f}"]
+        for m, mean, spread in (("6", 16.1 / 3, 0.45), ("4", 5.5, 0.1), ("2", 6.1, 0.15))
+    ]
     assert other[0] == "mat.3" and other[-2:] == ["1.0000", f"{math.e:.3f}"]
     assert diverged[-2] == "800.0000" and len(diverged[-1]) > 300, "e to the 800 is no float"
 
@@ -163,22 +137,21 @@ def test_one_run_is_drawn_in_its_own_folder_unless_out_says_otherwise(says):
     assert {path.name for path in Path("elsewhere").iterdir()} == {"curves.png", "report.json"}
 
 
-@torch.no_grad()
 def test_the_perplexity_of_another_text_is_that_of_all_of_it(says):
     models = [write_run(f"mat.{seed}", seed=seed, losses=(5.0, 5.5)) for seed in (0, 1)]
     text = "def f(x):\n    return x\n" * 9
     Path("other.txt").write_text(text)
     rows = cells(says(report, "mat.0 mat.1 --text other.txt").strip())
-    tokens = torch.tensor([*text.encode(), 256])  # 256 ends it
-    starts = np.linspace(0, len(tokens) - 14, (len(tokens) - 1) // 13).astype(int)
-    x = torch.stack([tokens[start : start + 14] for start in starts])
-    for row, m in zip(rows, (6, 4)):
-        loss = sum(model(x[:, :-1], x[:, 1:], m)[1] for model in models) / 2
-        assert float(row[-1]) == pytest.approx(loss.exp().item(), rel=1e-4)
+    tokens = np.array([*text.encode(), 256])  # 256 ends it
+    losses = [common.evaluate(model, tokens, (len(tokens) - 1) // 13, (6, 4)) for model in models]
+    right = np.exp(np.mean(losses, 0))
+    assert [float(row[-1]) for row in rows] == pytest.approx(right, rel=1e-4)
 
 
 @pytest.mark.parametrize("script", [report, dial])
-def test_a_log_that_is_cut_unfinished_or_of_another_version_is_named_in_one_line(script, refuses):
+def test_a_log_that_is_cut_unfinished_or_of_another_version_is_named_in_one_line(
+    script, says, refuses
+):
     write_run("good")
     text = Path("good/metrics.jsonl").read_text()
     lines = text.splitlines(keepends=True)
@@ -191,20 +164,23 @@ def test_a_log_that_is_cut_unfinished_or_of_another_version_is_named_in_one_line
         text.replace(lines[0], "3\n"): "damaged",
     }.items():
         Path("good/metrics.jsonl").write_text(broken)
-        refuses(script, "good --out figures", "good/metrics.jsonl", words)
-    refuses(script, "none --out figures", "none/metrics.jsonl")
+        refuses(["good/metrics.jsonl", words], says, script, "good --out figures")
+    refuses(["none/metrics.jsonl"], says, script, "none --out figures")
     assert not Path("figures").exists()
 
 
-def test_runs_that_cannot_share_a_row_or_a_name_are_named(refuses):
+def test_runs_that_cannot_share_a_row_or_a_name_are_named(says, refuses):
     write_run("mat.0", seed=0)
     write_run("mat", seed=0)
     write_run("mat.1", seed=1, losses=(5.0, 5.5))
     shutil.copytree("mat.0", "elsewhere/mat.0")
-    refuses(report, "mat.0 mat", "mat.0, mat are one row, mat")
-    refuses(report, "mat.0 mat.1", "mat.0, mat.1 are one row, mat")
-    refuses(report, "mat.0 elsewhere/mat.0", "two runs are named mat.0")
-    refuses(report, "mat.0 --text none.txt", "none.txt")
+    for flags, words in {
+        "mat.0 mat": "mat.0, mat are one row, mat",
+        "mat.0 mat.1": "mat.0, mat.1 are one row, mat",
+        "mat.0 elsewhere/mat.0": "two runs are named mat.0",
+        "mat.0 --text none.txt": "none.txt",
+    }.items():
+        refuses([words], says, report, flags)
 
 
 # ---------------------------------------------------------------- dial.py
@@ -223,23 +199,12 @@ def with_heads(model, layers):
     return rest
 
 
-@pytest.fixture
-def loss_of(here):
-    """The loss of a model on the windows of the held-out text."""
-    starts = np.linspace(0, len(here) - 14, WINDOWS).astype(int)
-    x = torch.stack([here[start : start + 14] for start in starts])
-
-    @torch.no_grad()
-    def loss_of(model):
-        logits, _ = model(x[:, :-1])
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()).item()
-
-    return loss_of
+def loss_of(model):
+    """On the windows of the held-out text."""
+    return common.evaluate(model, TOKENS[1], WINDOWS, (None,))[0]
 
 
-def test_numbers_vectors_and_left_out_heads_are_models_without_the_other_heads(
-    says, loss_of, drawn
-):
+def test_numbers_vectors_and_left_out_heads_are_models_without_the_other_heads(says, drawn):
     models = [write_run(f"mat.{seed}", seed=seed) for seed in (0, 1)]
     write_run("gqa", "gqa", losses=(5.0,))
     printed = says(dial, f"mat.0 gqa mat.1 --windows {WINDOWS} --out figures")
@@ -255,14 +220,13 @@ def test_numbers_vectors_and_left_out_heads_are_models_without_the_other_heads(
     assert {name: point["heads"] for name, point in found["mat.0"].items()} == settings
     assert list(found["gqa"]) == ["6"]
 
-    for name, heads in settings.items():
-        layers = [range(m) for m in (heads if isinstance(heads, list) else [heads] * 3)]
-        for run, model in zip(("mat.0", "mat.1"), models):
-            loss = loss_of(with_heads(model, [list(layer) for layer in layers]))
-            point = found[run][name]
-            assert point["loss"] == pytest.approx(loss, rel=1e-5)
-            assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-            assert f"{point['perplexity']:,.3f}" in printed
+    for (name, heads), (i, model) in itertools.product(settings.items(), enumerate(models)):
+        vector = heads if isinstance(heads, list) else [heads] * 3
+        loss = loss_of(with_heads(model, [[*range(m)] for m in vector]))
+        point = found[f"mat.{i}"][name]
+        assert point["loss"] == pytest.approx(loss, rel=1e-5)
+        assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert f"{point['perplexity']:,.3f}" in printed
     assert len({point["perplexity"] for point in found["mat.0"].values()}) == len(settings)
 
     # What a model loses without a head is what one has lost that never had it.
@@ -274,13 +238,11 @@ def test_numbers_vectors_and_left_out_heads_are_models_without_the_other_heads(
 
     # The figures show these numbers.
     whole, costs, _ = drawn["dial.png"].axes
-    line = whole.lines[0]
-    assert [*line.get_xdata()] == [1, 2, 3, 4, 5, 6]
-    assert [*line.get_ydata()] == [found["mat.0"][str(m)]["perplexity"] for m in range(1, 7)]
-    flops = [found["mat.0"][str(m)]["flops"] for m in range(1, 7)]
-    assert [*costs.lines[0].get_xdata()] == flops
-    bars = drawn["heads.png"].axes[2].patches
-    assert [bar.get_height() for bar in bars] == rises
+    points = [found["mat.0"][str(m)] for m in range(1, 7)]
+    assert [*whole.lines[0].get_xdata()] == [1, 2, 3, 4, 5, 6]
+    assert [*whole.lines[0].get_ydata()] == [point["perplexity"] for point in points]
+    assert [*costs.lines[0].get_xdata()] == [point["flops"] for point in points]
+    assert [bar.get_height() for bar in drawn["heads.png"].axes[2].patches] == rises
 
 
 @pytest.mark.parametrize("heads", [6, 3, [6, 2, 5]])
@@ -304,11 +266,12 @@ def test_nested_gqa_turns_in_steps_and_two_budgets_make_three_vectors():
     assert list(dial.settings_of(replace(c, n_layer=1), unit=2)) == ["2", "4", "6"]
 
 
-def test_runs_on_different_texts_or_one_that_changed_are_not_compared(refuses):
+def test_runs_on_different_texts_or_one_that_changed_are_not_compared(says, refuses):
     shutil.copytree("text", "news")
     write_run("a", "mla", losses=(5.0,))
     write_run("b", "mla", losses=(5.0,), data="news")
-    refuses(dial, "a b --out figures", "text in windows of 13", "news in windows of 13")
+    words = ["text in windows of 13", "news in windows of 13"]
+    refuses(words, says, dial, "a b --out figures")
     shutil.copy("text/train.bin", "text/val.bin")
-    refuses(dial, "b a --out figures", "text has changed since", "/a was trained")
+    refuses(["text has changed since", "/a was trained"], says, dial, "b a --out figures")
     assert not Path("figures").exists()

@@ -14,24 +14,25 @@ from test_matmla import randomized
 
 SIZES = dict(n_layer=2, d=24, n_h=12, d_h=4, d_c=12, d_cq=8, d_R=6, d_ff=32, context=40)
 PROMPT = torch.tensor([list("defé".encode())])
-GREEDY = "--prompt defé --tokens 50 --temperature 0"
-
-
-def run(*flags):
-    sys.argv = ["sample.py", "--device", "cpu", *flags]
-    sample.main()
+GREEDY = "--device cpu --prompt defé --tokens 50 --temperature 0 "
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """The model of out/checkpoint.pt in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
     model = randomized(GPT(Config(**SIZES)))
-    rest = {"settings": {}, "step": 1, "optimizers": [], "log": []}
     Path("out").mkdir()
-    path = Path("out/checkpoint.pt")
-    common.save(path, config=vars(model.config), encoding="bytes", model=model.state_dict(), **rest)
+    common.save(
+        Path("out/checkpoint.pt"),
+        config=vars(model.config),
+        settings={},
+        encoding="bytes",
+        step=1,
+        model=model.state_dict(),
+        optimizers=[],
+        log=[],
+    )
     return model
 
 
@@ -50,42 +51,36 @@ def text_of(model, heads=None, n=50, **keywords):
         ("--heads 1:7,12/3:9,8:34", {"schedule": [1] * 7 + [[12, 3]] * 9 + [8] * 34}),
     ],
 )
-def test_it_writes_what_the_model_generates_with_these_heads(flag, heads, model, capsys):
-    run(*GREEDY.split(), *flag.split())
-    written = capsys.readouterr().out
+def test_it_writes_what_the_model_generates_with_these_heads(flag, heads, model, says):
+    written = says(sample, GREEDY + flag)
     assert written == text_of(model, temperature=0, **heads) + "\n"
     if flag:  # else it would not matter which heads are taken
         assert written != text_of(model, temperature=0) + "\n"
 
 
-def test_it_draws_as_the_flags_say_and_the_same_again_for_a_seed(model, capsys):
-    flags = "--prompt defé --tokens 50 --temperature 1.7 --top-k 9 --top-p 0.6".split()
-    for seed in (3, 3, 4):
-        run(*flags, "--seed", str(seed))
-    first, again, other = capsys.readouterr().out.split("defé")[1:]
-    drawn = torch.Generator().manual_seed(3)
-    drawn = text_of(model, temperature=1.7, top_k=9, top_p=0.6, generator=drawn)
-    assert "defé" + first == "defé" + again == drawn + "\n"
-    assert first != other
+def test_it_draws_as_the_flags_say_and_the_same_again_for_a_seed(model, says):
+    flags = "--device cpu --prompt defé --tokens 50 --temperature 1.7 --top-k 9 --top-p 0.6 --seed"
+    first, again, other = (says(sample, f"{flags} {seed}") for seed in (3, 3, 4))
+    draw = torch.Generator().manual_seed(3)
+    right = text_of(model, temperature=1.7, top_k=9, top_p=0.6, generator=draw)
+    assert first == again == right + "\n" != other
 
 
-def test_compare_writes_the_text_speed_and_cache_of_every_budget(model, capsys, monkeypatch):
+def test_compare_writes_the_text_speed_and_cache_of_every_budget(model, says, monkeypatch):
     clock = iter([0, 10, 12] * 3)  # at the first and second token, and at the end
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
-    run(*GREEDY.split(), "--compare")
-    written = capsys.readouterr().out
+    written = says(sample, GREEDY + "--compare")
     for m in (12, 8, 4):
         # 48 tokens in 2 seconds; 2 layers of 12 + 6 numbers of 4 bytes
         line = f"--- {m} heads: 24 tokens/s, 144 bytes of cache per token ---"
         assert f"{text_of(model, m, temperature=0)}\n{line}\n" in written
 
 
-def test_a_character_of_several_tokens_is_written_whole(model, capsys, monkeypatch):
+def test_a_character_of_several_tokens_is_written_whole(model, says, monkeypatch):
     tokens = [*"é日".encode(), 299, 0xE6]  # 299 is in no vocabulary, E6 half a character
     stream = [torch.tensor([token]) for token in tokens]
     monkeypatch.setattr(GPT, "stream", lambda *arguments, **keywords: iter(stream))
-    run("--prompt", "a")
-    assert capsys.readouterr().out == "aé日?\ufffd\n"
+    assert says(sample, "--device cpu --prompt a") == "aé日?\ufffd\n"
 
 
 class Foreign(io.TextIOBase):
@@ -98,11 +93,11 @@ class Foreign(io.TextIOBase):
         self.text += text
 
 
-def test_standard_output_may_be_closed_or_foreign(model, monkeypatch):
+def test_standard_output_may_be_closed_or_foreign(model, monkeypatch, says):
     foreign = Foreign()
     for stream in (None, foreign):
         monkeypatch.setattr(sys, "stdout", stream)
-        run(*GREEDY.split())
+        says(sample, GREEDY)
     assert foreign.text == text_of(model, temperature=0) + "\n"
 
 
@@ -126,9 +121,5 @@ def test_standard_output_may_be_closed_or_foreign(model, monkeypatch):
         (["--checkpoint", "none.pt"], ["none.pt"]),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_written(flags, words, model, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
-        run(*flags)
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    assert all(word in said.err for word in words), said.err
+def test_a_mistake_is_one_line_before_anything_is_written(flags, words, model, says, refuses):
+    assert refuses(words, says, sample, ["--device", "cpu", *flags]) == ""

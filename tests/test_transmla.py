@@ -1,16 +1,14 @@
 """Tests of transmla.py: what is converted says the same as transformers does, or is refused."""
 
 import json
-import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import gguf
 import pytest
-import safetensors.torch  # noqa: F401  before `in_float64`, which it would not survive
+import safetensors.torch  # noqa: F401  before in_float64, which it would not survive
 import tokenizers
 import torch
 import transformers
@@ -19,7 +17,6 @@ import common
 import hub
 import train
 import transmla
-from data import prepare, read_tokens
 from matmla import ATTENTION, MLA, Config
 from pretrained import to_gqa, with_one
 from test_matmla import chunked, error, randomized
@@ -50,7 +47,8 @@ LLAMA3 = dict(
 )
 LINEAR = dict(rope_type="linear", rope_theta=50.0, factor=2.5)
 TOKENS = torch.randint(266, (2, 40), generator=torch.Generator().manual_seed(1))
-FLAGS = "model --text model/text.txt --device cpu".split()
+FLAGS = "model --text model/text.txt --device cpu "
+OUT = Path("out/transmla/checkpoint.pt")
 LOUD = (4, 1)  # of the two layers of `original`, these heads are the most important
 
 
@@ -74,32 +72,18 @@ def convert(theirs, order=None, moments=None, **changes):
     return transmla.build(c, old, torch.float64), transmla.build(mla, new, torch.float64)
 
 
+def copy_keys(layer, turning):
+    """At the first `turning` of 4 frequencies, the second and third key of 3 are the first's."""
+    for p in layer.self_attn.k_proj.parameters():
+        k = p.data.unflatten(0, (3, 2, 4))[:, :, :turning]
+        k[1] = -k[0]
+        k[2] = 2 * k[0]
+
+
 def cut(theirs, **changes):
     """The same, with sizes that are calibrated on TOKENS."""
     gqa, _ = convert(theirs)
     return convert(theirs, moments=transmla.second_moments(gqa, TOKENS), **changes)
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """transformers computes norms and angles in float32 whatever the weights are. Not here."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    for name in ("float", "float32"):
-        monkeypatch.setattr(torch, name, torch.float64)
-
-
-def main_of(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["transmla.py", *map(str, flags)])
-    transmla.main()
-
-
-def refuses(words, monkeypatch, capsys, *flags):
-    """It ends with status 2, and with one line on stderr that has these words."""
-    with pytest.raises(SystemExit, match="^2$"):
-        main_of(monkeypatch, *flags)
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and words in message, message
-    assert not Path("out").exists()
 
 
 def write_tokenizer(folder):
@@ -218,13 +202,16 @@ def write_gguf(path, arch, model, d_h, settings=(), tensors=()):
     }
     for key, value in settings.items():
         writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(PIECES)
-    writer.add_token_scores([-float(i) for i in range(len(PIECES))])
-    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 7])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    for name, value in {
+        "tokenizer_model": "llama",
+        "token_list": PIECES,
+        "token_scores": [-float(i) for i in range(len(PIECES))],
+        "token_types": [2, 3, 3, *[6] * 256, *[1] * 7],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unk_token_id": 0,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], c.num_hidden_layers)
     weights = model.state_dict()
@@ -253,22 +240,25 @@ def test_in_bfloat16_the_frequencies_stay():
 # ---------------------------------------------------------------- smaller
 
 
-@pytest.mark.parametrize("base, turning, d_c", [(1e4, 4, 5), (1e60, 1, 5 + 2 * 3 * 2)])
-def test_a_cut_takes_nothing_where_keys_are_copies_or_do_not_turn(base, turning, d_c):
-    """Values have rank 5. At the base 1e60 only the first of 4 pairs turns."""
-    theirs = hf_model(
-        "Qwen2", head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=base)
-    )
+@pytest.mark.parametrize(
+    "family, base, turning, kept, d_c",
+    [
+        ("Qwen2", 1e4, 4, {"d_R": 8}, 5),
+        ("Qwen2", 1e60, 1, {"d_R": 8}, 5 + 2 * 3 * 2),  # only the first of 4 pairs turns
+        ("Qwen3", 1e4, 0, {}, 5),  # with QK-norm, keys keep all their slots
+    ],
+)
+def test_a_cut_takes_nothing_where_keys_are_copies_or_do_not_turn(family, base, turning, kept, d_c):
+    """Values have rank 5."""
+    rope = dict(rope_type="default", rope_theta=base)
+    theirs = hf_model(family, head_dim=8, rope_parameters=rope)
     for layer in theirs.model.layers:
-        for p in layer.self_attn.k_proj.parameters():
-            k = p.data.unflatten(0, (3, 2, 4))[:, :, :turning]
-            k[1] = -k[0]
-            k[2] = 2 * k[0]
+        copy_keys(layer, turning)
         basis = torch.randn(24, 5)
-        layer.self_attn.v_proj.weight.data = basis @ torch.randn(5, 24)
-        layer.self_attn.v_proj.bias.data = basis @ torch.randn(5)
+        for p in layer.self_attn.v_proj.parameters():
+            p.data = basis @ torch.randn(5, *p.shape[1:])
     for rank, least, most in ((d_c, 0, 1e-6), (d_c - 1, 1e-3, 1)):  # 1e-6: of float32 weights
-        gqa, mla = cut(theirs, d_R=8, d_c=rank)
+        gqa, mla = cut(theirs, d_c=rank, **kept)
         assert least <= error(mla(TOKENS)[0], gqa(TOKENS)[0]) < most
 
 
@@ -300,45 +290,18 @@ def test_a_cut_does_not_depend_on_how_queries_and_keys_share_a_score():
     assert error(gqa(TOKENS)[0], logits[0]) > 0.1 and error(*logits) < 1e-8
 
 
-def test_with_qk_norm_a_cut_takes_values_only():
-    """It takes nothing while it keeps their rank; keys keep all their slots."""
-    theirs = hf_model("Qwen3")
-    for layer in theirs.model.layers:
-        layer.self_attn.v_proj.weight.data = torch.randn(12, 5) @ torch.randn(5, 24)
-    for d_c, least, most in ((5, 0, 1e-6), (4, 1e-3, 1)):
-        gqa, mla = cut(theirs, d_c=d_c)
-        assert least <= error(mla(TOKENS)[0], gqa(TOKENS)[0]) < most
-
-
-def test_second_moments_are_of_what_each_layer_of_transformers_reads():
-    theirs = hf_model("Qwen2")
-    gqa, _ = convert(theirs)
-    reads = []
-    for layer in theirs.model.layers:
-        layer.input_layernorm.register_forward_hook(lambda norm, given, x: reads.append(x))
-    theirs(TOKENS[:, :-1])
-    for x, moment in zip(reads, transmla.second_moments(gqa.float(), TOKENS), strict=True):
-        x = torch.cat((x, torch.ones(2, 39, 1)), -1).flatten(0, 1).double()
-        assert error(moment[:25, :25], x.T @ x / len(x)) < 1e-5
-
-
 def test_importance_is_the_fisher_information_of_gates_in_transformers():
     theirs = hf_model("Llama")
     gqa, _ = convert(theirs)
+    gates = torch.ones(2, 39, 6, requires_grad=True)
+    for layer, gate in zip(theirs.model.layers, gates):
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, given, gate=gate: given[0] * gate.repeat_interleave(4, -1)
+        )
     right = torch.zeros(2, 6)
     for w in TOKENS:
-        gates = torch.ones(2, 39, 6, requires_grad=True)
-        hooks = [
-            layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda _, given, gate=gate: given[0] * gate.repeat_interleave(4, -1)
-            )
-            for layer, gate in zip(theirs.model.layers, gates)
-        ]
-        logits = theirs(w[None, :-1]).logits[0]
-        torch.nn.functional.cross_entropy(logits, w[1:]).backward()
-        right += gates.grad.square().sum(1)
-        for hook in hooks:
-            hook.remove()
+        loss = torch.nn.functional.cross_entropy(theirs(w[None, :-1]).logits[0], w[1:])
+        right += torch.autograd.grad(loss, gates)[0].square().sum(1)
     assert error(transmla.importance(gqa.float(), TOKENS), right) < 1e-4
     assert not any("attend" in vars(block.attention) for block in gqa.blocks)
 
@@ -353,26 +316,17 @@ def test_for_deepseek_keys_that_are_copies_lose_little(family, share):
     theirs = hf_model(family, hidden_size=42, head_dim=8)
     theirs.model.embed_tokens.weight.data += 0.3 * torch.randn(42)
     for layer in theirs.model.layers:
-        for p in layer.self_attn.k_proj.parameters():
-            k = p.data.unflatten(0, (3, 8))
-            k[1] = -k[0]
-            k[2] = 2 * k[0]
+        copy_keys(layer, 4)
         layer.self_attn.o_proj.weight.data *= 3
-    c, old = to_gqa(theirs)
-    gqa = transmla.build(c, old)
-    text = gqa.generate(torch.arange(240)[:, None], 60)
+    gqa, _ = convert(theirs)
+    text = gqa.float().generate(torch.arange(240)[:, None], 60)
     moments = transmla.second_moments(gqa, text[:200])
-    ordinary = replace(c, attention="mla", d_R=8, d_c=24)
-    mla = transmla.build(ordinary, transmla.to_mla(old, c, ordinary, None, moments))
-
-    def loss(model):
-        return model(text[200:, :-1], text[200:, 1:])[1].item()
-
-    before = loss(gqa)
-    after = loss(mla)
-    for block in mla.blocks:
+    gqa, mla = convert(theirs, moments=moments, attention="mla", d_R=8, d_c=24)
+    x, y = text[200:, :-1], text[200:, 1:]
+    before, after = gqa(x, y)[1], mla(x, y)[1]
+    for block in gqa.blocks:
         block.attention.W_O.weight.data.zero_()
-    assert after - before < share * (loss(mla) - before)
+    assert after - before < share * (gqa(x, y)[1] - before)
 
 
 # ---------------------------------------------------------------- the command
@@ -402,7 +356,7 @@ def test_for_deepseek_keys_that_are_copies_lose_little(family, share):
         ("has 8 tokens", {"text.txt": "a text"}),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_name(words, changes, original, monkeypatch, capsys):
+def test_what_cannot_be_converted_is_refused_by_name(words, changes, original, says, refuses):
     config = original.config.to_dict()
     for name, value in changes.items():
         if "." in name:
@@ -410,7 +364,8 @@ def test_what_cannot_be_converted_is_refused_by_name(words, changes, original, m
         else:
             config[name] = value
     Path("model/config.json").write_text(json.dumps(config))
-    refuses(words, monkeypatch, capsys, *FLAGS)
+    refuses([words], says, transmla, FLAGS)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -423,12 +378,11 @@ def test_what_cannot_be_converted_is_refused_by_name(words, changes, original, m
     ],
 )
 def test_what_a_gguf_says_and_transformers_drops_is_refused(
-    words, settings, tmp_path, monkeypatch, capsys
+    words, settings, tmp_path, says, refuses
 ):
-    monkeypatch.chdir(tmp_path)
     tensors = {} if settings else {"blk.0.attn_sinks.weight": torch.ones(6)}
-    write_gguf("a.gguf", "llama", hf_model("Llama"), 4, settings, tensors)
-    refuses(words, monkeypatch, capsys, "a.gguf")
+    write_gguf(tmp_path / "a.gguf", "llama", hf_model("Llama"), 4, settings, tensors)
+    refuses([words], says, transmla, f"{tmp_path}/a.gguf")
 
 
 @pytest.mark.parametrize(
@@ -440,8 +394,8 @@ def test_what_a_gguf_says_and_transformers_drops_is_refused(
         ("--deepseek: d_R must be 4", "--deepseek --d-R 8"),
     ],
 )
-def test_flags_that_cannot_be(words, flags, original, monkeypatch, capsys):
-    refuses(words, monkeypatch, capsys, *FLAGS, *flags.split())
+def test_flags_that_cannot_be(words, flags, original, says, refuses):
+    refuses([words], says, transmla, FLAGS + flags)
 
 
 @pytest.mark.parametrize(
@@ -451,54 +405,42 @@ def test_flags_that_cannot_be(words, flags, original, monkeypatch, capsys):
         ("no QK-norm", "--deepseek", "Qwen3", dict(num_key_value_heads=1)),
         ("no experts", "--deepseek", "Mixtral", {}),
         ("no RoPE scaling", "--deepseek", "Llama", dict(rope_parameters=LINEAR)),
-        ("model has no tokenizer", "--budgets 6,3", "Llama", {}),
+        ("has no tokenizer", "--budgets 6,3", "Llama", {}),
     ],
 )
-def test_flags_that_cannot_be_for_this_model(
-    words, flags, family, sizes, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    hf_model(family, **sizes).save_pretrained("model")
-    refuses(words, monkeypatch, capsys, "model", *flags.split())
+def test_flags_that_cannot_be_for_this_model(words, flags, family, sizes, tmp_path, says, refuses):
+    hf_model(family, **sizes).save_pretrained(tmp_path)
+    refuses([words], says, transmla, f"{tmp_path} {flags}")
 
 
-def test_several_sizes_are_compared_and_the_last_is_saved_beside_the_gqa(
-    original, monkeypatch, capsys
-):
-    calibrate = {}
-    for name in ("importance", "second_moments"):
-        calibrate[name] = Mock(wraps=getattr(transmla, name))
-        monkeypatch.setattr(transmla, name, calibrate[name])
-    flags = "--budgets 6,4 --d-R 4 --d-c 16,8 --keep-gqa"
-    main_of(monkeypatch, *FLAGS, *flags.split())
-    printed = capsys.readouterr().out
+def test_several_sizes_are_compared_and_the_last_is_saved_beside_the_gqa(original, says):
+    with (
+        patch.object(transmla, "importance", wraps=transmla.importance) as importance,
+        patch.object(transmla, "second_moments", wraps=transmla.second_moments) as moments,
+    ):
+        printed = says(transmla, FLAGS + "--budgets 6,4 --d-R 4 --d-c 16,8 --keep-gqa")
     rows = [line.split(" | ") for line in printed.splitlines() if "| pretrained_" in line]
     sizes = [[int(cell or 0) for cell in row[1:5]] for row in rows]
     exact = [[12, 12, m, 96] for m in (6, 4)]
     cut_twice = [[d_c, 4, m, size] for d_c, size in ((16, 80), (8, 48)) for m in (6, 4)]
     assert sizes == [[0, 0, 6, 96], *exact, *cut_twice]
 
-    gqa, _ = common.load("out/transmla/gqa/checkpoint.pt", "cpu")
+    gqa, _ = common.load(Path("out/transmla/gqa/checkpoint.pt"), "cpu")
     assert error(gqa(TOKENS)[0], original(TOKENS).logits) < 1e-6
-    mla, encoding = common.load("out/transmla/checkpoint.pt", "cpu")
+    mla, encoding = common.load(OUT, "cpu")
     assert (mla.config.d_c, mla.config.d_R) == (8, 4)
     text, other = transmla.read_text("model/text.txt", 8192, encoding, 64)
     for row, m in zip(rows[-2:], (6, 4)):
-        losses = [mla(w[None, :-1], w[None, 1:], m)[1].item() for w in text]
-        right = math.exp(sum(losses) / len(losses))
+        right = mla(text[:, :-1], text[:, 1:], m)[1].exp().item()
         assert float(row[5].strip(" |").replace(",", "")) == pytest.approx(right, abs=1e-3)
-    for name, call in calibrate.items():
-        assert torch.equal(call.call_args.args[1], other), f"{name} of the text to measure on"
-    assert not torch.equal(text, other)
+    assert not torch.equal(text, other), "the text to measure on is not to calibrate on"
+    assert torch.equal(importance.call_args.args[1], other)
+    assert torch.equal(moments.call_args.args[1], other)
 
 
-def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(
-    original, monkeypatch, capsys
-):
-    path = "out/transmla/checkpoint.pt"
-    main_of(monkeypatch, *FLAGS, "--budgets", "6,4,2")
-    assert "| pretrained_matmla | 12 | 12 | 2 | 96 |" in capsys.readouterr().out
-    ours, encoding = common.load(path, "cpu")
+def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(original, says):
+    assert "| pretrained_matmla | 12 | 12 | 2 | 96 |" in says(transmla, FLAGS + "--budgets 6,4,2")
+    ours, encoding = common.load(OUT, "cpu")
     for block, layer, head in zip(ours.blocks, original.model.layers, LOUD):
         W_O = layer.self_attn.o_proj.weight[:, 4 * head : 4 * head + 4]
         assert torch.equal(block.attention.W_O.weight[:, :4], W_O), "the loudest is not the first"
@@ -508,38 +450,31 @@ def test_a_matmla_generates_like_the_original_and_trains_on_at_every_budget(
     assert torch.equal(ours.generate(prompt, 40, temperature=0), text)
 
     flags = "--data model/text.txt --device cpu --context 32 --steps 25 --batch 6 --out on"
-    flags = f"train.py --init {path} {flags} --lr 0.02 --lr-adamw 0.01"
-    monkeypatch.setattr(sys, "argv", flags.split())
-    train.main()
+    says(train, f"--init {OUT} {flags} --lr 0.02 --lr-adamw 0.01")
     log = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line["val_loss"] for line in log if "val_loss" in line]
-    tokens = prepare("model/text.txt", common.load_checkpoint(path)["encoding"], 0, 266)
-    _, held_out = read_tokens(tokens, 32, 266)
-    ours.config = replace(ours.config, context=32)
-    budgets = (6, 4, 2)
-    for m, loss in zip(budgets, common.evaluate(ours, held_out, 256, budgets)):
+    trained, held_out, _ = common.load_run(Path("on"), "cpu")
+    ours.config = trained.config  # whose context is 32
+    for m, loss in zip((6, 4, 2), common.evaluate(ours, held_out, 256, (6, 4, 2))):
         assert first[str(m)] == pytest.approx(loss, abs=1e-4) and last[str(m)] < loss - 0.5
-    trained, _ = common.load("on/checkpoint.pt", "cpu")
     for block in trained.blocks:
         assert block.attention.W_UK.weight.abs().min() > 0, "training found no way in"
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3"])
-def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, says):
     theirs = hf_model(family)
-    theirs.save_pretrained("model")
-    main_of(monkeypatch, "model", "--device", "cpu")
-    saved = common.load_checkpoint("out/transmla/checkpoint.pt")
+    theirs.save_pretrained(tmp_path)
+    says(transmla, f"{tmp_path} --device cpu --out {tmp_path}/out")
+    saved = common.load_checkpoint(tmp_path / "out/checkpoint.pt")
     assert saved["encoding"] is None
     ours = transmla.build(Config(**saved["config"]), saved["model"])
     assert error(ours(TOKENS)[0], theirs(TOKENS).logits) < 1e-5
 
 
-def test_for_deepseek_an_ordinary_mla_is_saved(original, monkeypatch, capsys):
-    main_of(monkeypatch, *FLAGS, "--deepseek", "--budgets", "6,4")
-    assert "| matmla | 20 | 4 | 4 | 96 |" in capsys.readouterr().out
-    ours, encoding = common.load("out/transmla/checkpoint.pt", "cpu")
+def test_for_deepseek_an_ordinary_mla_is_saved(original, says):
+    assert "| matmla | 20 | 4 | 4 | 96 |" in says(transmla, FLAGS + "--deepseek --budgets 6,4")
+    ours, encoding = common.load(OUT, "cpu")
     assert type(ours.blocks[0].attention) is ATTENTION["matmla"]
     text, _ = transmla.read_text("model/text.txt", 64, encoding, 64)
     assert all(ours(text[:, :-1], text[:, 1:], m)[1].isfinite() for m in (6, 4))
@@ -549,11 +484,11 @@ def test_for_deepseek_an_ordinary_mla_is_saved(original, monkeypatch, capsys):
     "words, place, name, factor",
     [
         ("our GQA is another model", transmla, "to_gqa", 1 + 1e-3),  # float32 shows it
-        ("our MLA, naive is another model", transmla, "to_mla", 1 + 1e-6),  # float64 shows it
+        ("our MLA, expanded is another model", transmla, "to_mla", 1 + 1e-6),  # float64 shows it
         ("our MLA, absorbed is another model", MLA, "read_absorbed", 1 + 1e-6),
     ],
 )
-def test_another_model_is_refused(words, place, name, factor, original, monkeypatch, capsys):
+def test_another_model_is_refused(words, place, name, factor, original, monkeypatch, says, refuses):
     """One factor is wrong, in both of our models, in the MLA, or only where it reads absorbed."""
     right = getattr(place, name)
 
@@ -567,7 +502,8 @@ def test_another_model_is_refused(words, place, name, factor, original, monkeypa
         return result
 
     monkeypatch.setattr(place, name, wrong)
-    refuses(words, monkeypatch, capsys, *FLAGS)
+    refuses([words], says, transmla, FLAGS)
+    assert not Path("out").exists()
 
 
 def test_mla_can_do_what_no_gqa_of_the_same_cache_can():
