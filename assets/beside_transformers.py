@@ -2,13 +2,15 @@
 
     PYTHONPATH=. python assets/beside_transformers.py
 
-They take turns of 50 steps each.
+They take turns of 50 steps each. The last line of output is the result as JSON.
 """
 
+import json
 from statistics import median
 from time import perf_counter
 
 import torch
+import transformers
 from transformers import DynamicCache
 
 from export import to_transformers
@@ -38,7 +40,10 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 model = GPT(Config()).eval()
 theirs = to_transformers(model, HEADS)
+result = {"torch": torch.__version__, "transformers": transformers.__version__, "ratio": {}}
 for batch in 1, 8:
     tokens = torch.randint(257, (batch, PREFIX + STEPS))
     ratio = median([turn(model, theirs, tokens) for _ in range(9)][2:])  # the first two warm up
     print(f"batch {batch}: a step in transformers takes {ratio:.2f} times as long as here")
+    result["ratio"][batch] = ratio
+print(json.dumps(result))

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -82,6 +84,12 @@ def test_texts_are_short_and_name_files_that_exist():
         assert len(text.splitlines()) <= lines, name
         for file in {*re.findall(r"[\w/]+\.py\b", text)} - {"mine/matmla.py"}:
             assert (HERE / file).exists(), file
+
+
+def test_the_numbers_of_the_texts_are_those_that_were_measured():
+    command = [sys.executable, HERE / "assets" / "check_numbers.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_decode_step_of_the_readme_runs_and_its_two_ways_agree(capsys):
