@@ -185,7 +185,7 @@ claim("2 bytes = # bytes of cache per token", SMALL["mat321.0"]["cache_bytes"])
 row("three MLA models", *MLA)
 row("**one MatMLA, our default**", *DEFAULT)
 row("one MatMLA, trained as in the paper", *best("layers"))
-row("one MatMLA, budgets 10 : 1 : 1", *best("mat10"))
+row("one MatMLA, shares 10 : 1 : 1", *best("mat10"))
 row("one nested GQA", *best("nested_gqa"))
 for ahead in below(DEFAULT, best("nested_gqa")):
     claim("MatMLA is #% better than nested GQA", ahead)
