@@ -32,7 +32,7 @@ EXERCISES = {  # title: {function: hint}
         "MHA.read": "About 5 lines. Rows may hold more heads than m. Call self.attend. GQA, too.",
     },
     "the cache": {
-        "Cache.append": "About 7 lines. The memory is there. ValueError, and no change, if it is full."
+        "Cache.append": "About 7 lines. ValueError, and no change at all, for what does not fit."
     },
     "grouped queries": {
         "GQA.write": "About 1 line. A row goes group by group: its key, then its value."
