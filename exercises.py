@@ -14,12 +14,12 @@ import ast
 import inspect
 from pathlib import Path
 
-from common import Parser
+from common import Parser, UserError
 
 MATMLA = Path(__file__).with_name("matmla.py")
 EXERCISES = {  # title: {function: hint}
     "RoPE": {
-        "rope": "About 6 lines. The angles want float32 at least; the result has the dtype of x."
+        "rope": "About 6 lines. Angles in float32 at least, the result in x.dtype, all on x.device."
     },
     "softmax attention": {
         "attend": "About 10 lines. Query i stands at positions[i], and sees no token behind that."
@@ -29,10 +29,10 @@ EXERCISES = {  # title: {function: hint}
     },
     "multi-head attention": {
         "MHA.write": "About 3 lines. A row goes head by head: the key of a head, then its value.",
-        "MHA.read": "About 5 lines. A row may hold more heads than m. GQA reads with this, too.",
+        "MHA.read": "About 5 lines. Rows may hold more heads than m. Call self.attend. GQA, too.",
     },
     "the cache": {
-        "Cache.append": "About 7 lines. The memory is there. What is refused must change nothing."
+        "Cache.append": "About 7 lines. ValueError, and no change at all, for what does not fit."
     },
     "grouped queries": {
         "GQA.write": "About 1 line. A row goes group by group: its key, then its value."
@@ -42,10 +42,10 @@ EXERCISES = {  # title: {function: hint}
         "MLA.queries": "About 4 lines. Return two tensors, q_C and q_R, ready to meet their keys."
     },
     "latent attention": {
-        "MLA.read": "About 8 lines. Make every key and value. self.scale is that of the scores."
+        "MLA.read": "About 8 lines. Make every key and value. Call self.attend with self.scale."
     },
     "absorption": {
-        "MLA.read_absorbed": "About 9 lines. The same result, but no key and no value is made."
+        "MLA.read_absorbed": "About 9 lines. The same by self.attend, but make no key and no value."
     },
     "the mixed objective": {
         "Attention.forward": "About 12 lines. What is done once for all, and what for each part?",
@@ -76,7 +76,7 @@ SECRETS = {  # what else in matmla.py tells an answer: what stands there instead
         # A head reads a cached token for T new ones: absorbed in T·2·d_c multiplications; expanded
         # in 2·d_c·d_h, to make k_C and v_C, and T·2·d_h, to use them. At this T they are equal.
         self.absorb_below = c.d_c * c.d_h / (c.d_c - c.d_h) if c.d_c > c.d_h else torch.inf""": """
-        self.absorb_below = 0  # exercise 13 knows a better number""",
+        self.absorb_below = 0  # after exercise 13: absorb_below(c.d_c, c.d_h)""",
 }
 
 
@@ -149,8 +149,9 @@ def blank(text):
 
 def write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "x", encoding="utf-8") as file:  # what is there stays
-        file.write(blank(MATMLA.read_text("utf-8")))
+    if path.exists():
+        raise UserError(f"{path} is there, maybe with your answers: move or delete it first")
+    path.write_text(blank(MATMLA.read_text("utf-8")), "utf-8")
     print(f"{len(EXERCISES)} exercises are in {path}. To grade: python grade.py {path}", flush=True)
 
 

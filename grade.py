@@ -6,7 +6,8 @@ Grade a copy of matmla.py in which exercises.py left blanks.
 An exercise is graded in a copy of matmla.py in which only its functions are yours. It is run at
 small sizes, and everything that it leaves is compared with what matmla.py leaves: results, types,
 gradients, how much is computed. A result that a known mistake leaves is called by its name.
-The last line says how many exercises are done; the exit status is 0 only if all are.
+Once all are done, the file as a whole is compared, too. The last line says how many are done; the
+exit status is 0 only if all are, and the whole.
 """
 
 import ast
@@ -45,9 +46,11 @@ SIZES = dict(
     norm_eps=0.01,
     tie=False,
 )
+VARIANTS = "mha", "nested_mha", "gqa", "nested_gqa", "mla", "matmla"
 B, S = 2, 19  # sequences, tokens
-CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.01}  # relative to the norm
-ENOUGH = 1.25  # times the operations of matmla.py
+# Relative to the norm. Angles or a softmax in float32 are right, also where all else is in float64.
+CLOSE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.01}
+ENOUGH, FEW = 1.25, 1000  # times the operations of matmla.py, and these
 
 
 # ------------------------------------------------ the answers to what exercises.py adds at the end
@@ -98,26 +101,31 @@ class Finding:
 
 
 class Operations(int):
-    """What matrix products take."""
+    """What matrix products take, and products number by number."""
 
 
 def look(what, owner, function, given):
     """Findings of a call. owner: the module that has the function; given: {name: argument}."""
-    given = {name: x.clone().requires_grad_() if is_float(x) else x for name, x in given.items()}
+    numbers = {
+        name: x.clone().requires_grad_()
+        for name, x in given.items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    given = given | numbers
     call = getattr(owner, function)
     name = call.__qualname__
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         result = call(*given.values())
+    if name in NAMES and isinstance(result, tuple) and len(result) == len(NAMES[name]):
+        result = dict(zip(NAMES[name], result))
+    parts = [*result.values()] if isinstance(result, dict) else [result]
     yield Finding(what, result, name)
     yield Finding(f"operations for {what}", Operations(counter.get_total_flops()), name)
-    parts = result if isinstance(result, tuple) else (result,)
     yield Finding(f"whether {what} can be trained", all(x.requires_grad for x in parts), name)
 
     # Gradients for all weights, and for the numbers that were given.
-    leaves = {}
-    for module in (owner, *given.values()):
-        leaves |= module.named_parameters() if isinstance(module, nn.Module) else {}
-    leaves |= {name: x for name, x in given.items() if is_float(x)}
+    modules = [x for x in (owner, *given.values()) if isinstance(x, nn.Module)]
+    leaves = dict(itertools.chain(*(x.named_parameters() for x in modules), numbers.items()))
     gradients = torch.autograd.grad(
         parts,
         [*leaves.values()],
@@ -125,19 +133,27 @@ def look(what, owner, function, given):
         allow_unused=True,
         materialize_grads=True,
     )
-    yield Finding(f"gradients in {what}", dict(zip(leaves, gradients)), name)
+    yield Finding(
+        f"gradients in {what} (lost by .data, .detach() or no_grad?)",
+        dict(zip(leaves, gradients)),
+        name,
+    )
 
 
-# The counter does not know a CPU's kernel for attention. From the shapes of q, k and v:
+NAMES = {"MLA.queries": ("q_C", "q_R"), "GPT.forward": ("logits", "loss")}  # of what is returned
+
+# What the counter does not know: a CPU's kernel for attention, from the shapes of q, k and v, and
+# other ways to write a matrix product, such as a product number by number on four axes.
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
         2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
-    )
+    ),
+    torch.ops.aten.mul: lambda *factors, out_shape: (
+        math.prod(out_shape) * (len(out_shape) > 3) * all(isinstance(x, tuple) for x in factors)
+    ),
+    torch.ops.aten.mv: lambda W, *_, **__: 2 * math.prod(W),
+    torch.ops.aten.dot: lambda x, *_, **__: 2 * math.prod(x),
 }
-
-
-def is_float(x):
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def vectors(*shape, seed=0):
@@ -159,38 +175,54 @@ def make_layer(lab, attention, **sizes):
     return make_model(lab, attention, **sizes).blocks[0].attention
 
 
-def refuses(function, *arguments):
-    """Whether the call ends in a ValueError."""
+def refusal(function, *arguments):
+    """In which error a call ends."""
     try:
         function(*arguments)
-    except ValueError:
-        return True
-    return False
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
 
 
-def layer_looks(lab, attention, function, budgets, room=6, attend_with=None, **sizes):
+def layer_looks(lab, attention, function, budgets, room=6, per_token=False, **sizes):
     """Findings of write, queries or a way to read, for few tokens, one and many.
 
-    room: for how many heads the rows were written. attend_with: budgets of tokens -> `attend`.
+    room: for how many heads the rows were written. per_token: with attend_per_token.
     """
     layer = make_layer(lab, attention, **sizes)
+    if (attention, function) == ("matmla", "write"):
+        more, fewer = (layer.write(vectors(B, S, 40), torch.arange(S), m) for m in (6, 3))
+        yield Finding("whether rows for 6 and 3 heads are the same", not difference(fewer, more))
     for m, T in itertools.product(budgets, (4, 1, S)):
         what = f"{function} of {attention}, m = {m}{sizes or ''}, for the last {T} of {S} tokens"
         given = {"x": vectors(B, T, 40)}
         if "read" in function:
             given["rows"] = vectors(B, S, layer.row_width(room))
         given |= {"positions": torch.arange(S - T, S), "m": m}
-        if attend_with:
+        if per_token:
             heads = torch.arange(B * T).view(B, T) * 5 % 6 + 1
-            layer.attend = attend_with(heads)
+            layer.attend = lab.attend_per_token(heads)
             what += f", heads {heads.tolist()}"
         yield from look(what, layer, function, given)
+    if "read" in function:
+        layer.attend = lambda *given, **named: -attend(*given, **named)
+        yield from look(f"{function} where self.attend is another", layer, function, given)
+
+
+def layers(*looks, lab):
+    """Findings of layers. looks: arguments of layer_looks, by name."""
+    for arguments in looks:
+        yield from layer_looks(lab, **arguments)
 
 
 def rope(lab):
     for base, positions in (100.0, [0, 1, 2, 3]), (7.0, [5, 6, 8, 11]):
-        given = {"x": vectors(B, 4, 3, 8), "positions": torch.tensor(positions), "base": base}
-        yield from look(f"x at positions {positions} for base {base:g}", lab, "rope", given)
+        yield from look(
+            f"x at positions {positions} for base {base:g}",
+            lab,
+            "rope",
+            {"x": vectors(B, 4, 3, 8), "positions": torch.tensor(positions), "base": base},
+        )
     ones, late = torch.ones(1, 2, 1, 8, dtype=torch.bfloat16), torch.tensor([1000, 1001])
     yield Finding("x at positions 1000 and 1001 in bfloat16", lab.rope(ones, late, 1e4))
 
@@ -202,7 +234,7 @@ def softmax_attention(lab):
         p = lab.attend(q, k, one_hot.expand(B, S, g, S), positions, 0.3)
         what = f"of the last {T} of {S} tokens, where 6 heads have {g} keys"
         yield Finding(f"shape of the result {what}", None if p is None else shape(p))
-        seen = [row.nonzero().flatten().tolist() for row in p[0, :, 0]]
+        seen = [(row > 0).nonzero().flatten().tolist() for row in p[0, :, 0]]
         yield Finding(f"first and last token seen {what}", [row[:1] + row[-1:] for row in seen])
         given = {"q": q, "k": k, "v": vectors(B, S, g, 7), "positions": positions, "scale": 0.3}
         yield from look(f"the result {what}", lab, "attend", given)
@@ -213,103 +245,98 @@ def softmax_attention(lab):
 def first_heads(lab):
     W = make_layer(lab, "mla").W_UQ
     for m, width in (6, 10), (4, 10), (1, 10), (2, 15):
-        given = {"W": W, "x": vectors(B, S, 22), "m": m, "width": width}
-        yield from look(f"{m} of {60 // width} heads", lab, "to_heads", given)
-
-
-def multi_head_attention(lab):
-    yield from layer_looks(lab, "nested_mha", "write", (6, 4, 1))
-    yield from layer_looks(lab, "nested_mha", "read", (6, 4, 1))
-    yield from layer_looks(lab, "nested_mha", "read", (4, 1), room=4)
-    yield from layer_looks(lab, "gqa", "read", (6,))
+        yield from look(
+            f"{m} of {60 // width} heads",
+            lab,
+            "to_heads",
+            {"W": W, "x": vectors(B, S, 22), "m": m, "width": width},
+        )
 
 
 def the_cache(lab):
-    rows, memory = vectors(B, 6, 7), torch.zeros(B, 5, 7)
+    rows, memory = vectors(B, 6, 7), torch.zeros(B, 5, 7, dtype=torch.float64)
     cache = lab.Cache(memory)
-    for first, last in (0, 2), (2, 3), (3, 5):
+    for first, last in (0, 2), (2, 3), (3, 4):
         so_far = cache.append(rows[:, first:last].requires_grad_())
         returned = None if so_far is None else so_far.clone()  # the cache goes on
         yield Finding(f"what is returned after {last} rows", returned)
-        left = {"length": cache.length, "memory": memory.clone(), "rows": cache.rows.clone()}
-        yield Finding(f"the cache after {last} rows", left)
+        yield Finding(
+            f"the cache after {last} rows",
+            {"length": cache.length, "memory": memory.clone(), "rows": cache.rows.clone()},
+        )
         yield Finding(f"whether gradients are kept after {last} rows", so_far.requires_grad)
-    for what, room, new in (
-        ("one row too many", 5, rows),
-        ("one sequence for two", 6, rows[:1]),
-        ("four sequences for two", 6, rows.repeat(2, 1, 1)),
+    for what, new in (
+        ("2 rows, where 2 of 5 are free,", rows[:, :2]),
+        ("3 rows, where 2 of 5 are free,", rows[:, :3]),
+        ("1 sequence for 2", rows[:1, :2]),
+        ("4 sequences for 2", rows[:, :2].repeat(2, 1, 1)),
     ):
-        cache = lab.Cache(torch.zeros(B, room, 7))
-        yield Finding(f"whether a ValueError refuses {what}", refuses(cache.append, new))
+        cache = lab.Cache(torch.zeros(B, 5, 7))
+        yield Finding(
+            "what a float32 cache returns of float64 rows", str(cache.append(rows[:, :3]).dtype)
+        )
+        yield Finding(f"with which error {what} are refused", refusal(cache.append, new))
         yield Finding(f"the cache after {what}", {"length": cache.length, "rows": cache.rows})
-
-
-def grouped_queries(lab):
-    yield from layer_looks(lab, "nested_gqa", "write", (6, 3))
-    yield from layer_looks(lab, "gqa", "read", (6,))
-
-
-def latent_and_key(lab):
-    yield from layer_looks(lab, "matmla", "write", (6, 4, 1))
-
-
-def latent_queries(lab):
-    yield from layer_looks(lab, "matmla", "queries", (6, 4, 1))
-    yield from layer_looks(lab, "matmla", "queries", (4, 1), d_cq=0)
-
-
-def latent_attention(lab):
-    yield from layer_looks(lab, "matmla", "read", (6, 4, 1))
-
-
-def absorption(lab):
-    yield from layer_looks(lab, "matmla", "read_absorbed", (6, 4, 1))
 
 
 def mixed_objective(lab):
     x = vectors(6, S, 40)
-    used = []
-    layer = make_layer(lab, "mla")
+    layer, used = make_layer(lab, "mla"), []
     layer.read = lambda x, *_: used.append("read") or x
     layer.read_absorbed = lambda x, *_: used.append("absorbed") or x
     layer.absorb_below = 3
     cache = lab.Cache(x.new_zeros(6, S, layer.row_width(6)))
-    for T, memory in (3, cache), (2, cache), (14, cache), (2, None):
-        layer(x[:, :T], 6, memory)
-    what = "how 3, 2 and 14 tokens with a cache, and 2 without, are read where absorb_below is 3"
-    yield Finding(what, used)
+    for T in 1, 1, 2, 1, 3, 11:
+        layer(x[:, :T], None, cache)
+    layer(x[:, :2])
+    yield Finding("how 1, 1, 2, 1, 3, 11 tokens with a cache, 2 without, are read below 3", used)
 
-    for attention, heads in itertools.product(
-        ("matmla", "nested_mha"), ((4, 6, 1), (6, 6, 1, 1, 4, 6))
+    layer, asked = make_layer(lab, "nested_mha"), []
+    row = layer.row_width(4)
+    layer.write = lambda x, positions, m: asked.append(m) or x.new_ones(*x.shape[:2], row)
+    for cache in lab.Cache(x.new_zeros(6, S, row)), None:
+        layer(x, (1, 3, 1), cache)
+    yield Finding(
+        "heads written for (1, 3, 1), with a cache for 4, then without", [*dict.fromkeys(asked)]
+    )
+
+    for attention, heads, room in (
+        ("matmla", (4, 6, 1), 6),
+        ("matmla", (6, 6, 1, 1, 4, 6), 6),
+        ("nested_mha", (4, 6, 1), 6),
+        ("nested_mha", (4, 1, 4), 4),
     ):
         layer = make_layer(lab, attention)
         what = f"6 sequences of {attention}, heads {heads}"
         yield from look(what, layer, "forward", {"x": x, "heads": heads})
-        cache = lab.Cache(x.new_zeros(6, S, layer.row_width(6)))
-        chunks = zip(x.split([8, 1, 10], 1), (1, heads, None))
-        y = [layer(chunk, budgets, cache) for chunk, budgets in chunks]
-        yield Finding(f"{what}, in chunks of 8, 1 and 10 tokens", tuple(y))
+        cache = lab.Cache(x.new_zeros(6, S, layer.row_width(room)))
+        chunks = zip("123", x.split([8, 1, 10], 1), (1, heads, room))
+        y = {f"chunk {i}": layer(chunk, budgets, cache) for i, chunk, budgets in chunks}
+        yield Finding(f"{what}, in chunks of 8, 1 and 10 tokens, with room for {room} heads", y)
 
     for heads, room in itertools.product((0, 5, 7, 2.0, (4, 7), (4, 4, 4, 4), ()), (6, 4)):
         cache = lab.Cache(x.new_zeros(6, S, layer.row_width(room)))
-        what = f"heads {heads} for 6 sequences, with room for {room} heads"
-        yield Finding(f"whether a ValueError refuses {what}", refuses(layer, x, heads, cache))
+        what = f"heads {heads} for 6 sequences, with room for {room} heads,"
+        yield Finding(f"with which error {what} are refused", refusal(layer, x, heads, cache))
         yield Finding(f"length of the cache after {what}", cache.length)
 
     model, runs = make_model(lab, "matmla"), []
     model.embed.register_forward_hook(lambda *_: runs.append(1))
     tokens = vectors(6, S).argsort()
-    given = {"model": model, "tokens": tokens, "targets": tokens.flip(0), "budgets": (4, 6, 1)}
-    yield from look("mixed_loss", lab, "mixed_loss", given)
+    yield from look(
+        "mixed_loss",
+        lab,
+        "mixed_loss",
+        {"model": model, "tokens": tokens, "targets": tokens.flip(0), "budgets": (4, 6, 1)},
+    )
     yield Finding("how often mixed_loss runs the model", len(runs), "mixed_loss")
 
 
 def cache_arithmetic(lab):
-    for attention in "mha", "nested_mha", "gqa", "nested_gqa", "mla", "matmla":
+    for attention in VARIANTS:
         width = make_layer(lab, attention).row_width
         for m in 6, 3:
-            what = f"numbers in a row of {attention} for m = {m}"
-            yield Finding(what, width(m), width.__qualname__)
+            yield Finding(f"row of {attention} for m = {m}", width(m), width.__qualname__)
 
 
 def where_absorption_stops(lab):
@@ -323,41 +350,86 @@ def fewer_heads(lab):
         model = make_model(lab, "matmla", **changes).float()
         small = lab.fixed_heads(model, m)
         what = f"of the model of {m} of 6 heads{changes or ''}"
-        yield Finding(f"the type {what}", type(small).__name__)
+        yield Finding(f"the type of attention {what}", type(small.blocks[0].attention).__name__)
         yield Finding(f"the config {what}", vars(small.config) | {"budgets": None})
         yield Finding("the model that was given", vars(model.config) | model.state_dict())
         yield Finding(f"the weights {what}", dict(small.named_parameters()))
-        yield Finding(f"logits and loss {what}", small(tokens, tokens.flip(0)))
+        yield Finding(
+            f"weights that cannot be trained {what}",
+            [name for name, p in small.named_parameters() if not p.requires_grad],
+        )
+        yield Finding(f"logits {what}", small(tokens)[0])
         memory = [{p.untyped_storage().data_ptr() for p in x.parameters()} for x in (model, small)]
         yield Finding("number of weights that both models share", len(memory[0] & memory[1]))
 
 
-def nested_gqa(lab):
-    yield from layer_looks(lab, "nested_gqa", "read", (6, 3))
+def whole_file(lab):
+    tokens = vectors(B, S).argsort()
+    for attention in VARIANTS:
+        model = make_model(lab, attention)
+        heads = (3, 6) if attention in ("nested_mha", "nested_gqa", "matmla") else 6
+        what = f"{attention} of the whole file, heads {heads}"
+        yield from look(
+            what, model, "forward", {"tokens": tokens, "targets": tokens.flip(0), "heads": heads}
+        )
+        cache = model.new_cache(B, S)
+        chunks = zip("123", tokens.split([8, 1, 10], 1))
+        y = {f"chunk {i}": model.step(chunk, heads, cache) for i, chunk in chunks}
+        yield Finding(f"{what}, with a cache", y)
+        text = model.generate(tokens[:, :4], 9, heads, temperature=0)
+        yield Finding(f"what {what}, generates", text.tolist())
 
 
-def budget_per_token(lab):
-    for attention, function in ("matmla", "read"), ("matmla", "read_absorbed"), ("mha", "read"):
-        yield from layer_looks(lab, attention, function, (6,), attend_with=lab.attend_per_token)
+def run_on_another_device(lab):
+    """An error if a tensor of the CPU takes part: the device "meta" is like a GPU without data."""
+    for attention in "nested_mha", "nested_gqa", "matmla":
+        with torch.device("meta"):
+            model = lab.GPT(lab.Config(attention=attention, **SIZES | {"n_layer": 1}))
+            tokens, cache = torch.zeros(B, S, dtype=torch.long), model.new_cache(B, S)
+        model(tokens)
+        model.step(tokens[:, 1:], None, cache)
+        model.step(tokens[:, :1], None, cache)
 
 
-LOOKS = [  # in the order of EXERCISES
+LOOKS = [  # in the order of EXERCISES, then at the whole file
     rope,
     softmax_attention,
     first_heads,
-    multi_head_attention,
+    functools.partial(
+        layers,
+        dict(attention="nested_mha", function="write", budgets=(6, 4, 1)),
+        dict(attention="nested_mha", function="read", budgets=(6, 4, 1)),
+        dict(attention="nested_mha", function="read", budgets=(4, 1), room=4),
+        dict(attention="gqa", function="read", budgets=(6,)),
+    ),
     the_cache,
-    grouped_queries,
-    latent_and_key,
-    latent_queries,
-    latent_attention,
-    absorption,
+    functools.partial(
+        layers,
+        dict(attention="nested_gqa", function="write", budgets=(6, 3)),
+        dict(attention="gqa", function="read", budgets=(6,)),
+    ),
+    functools.partial(layers, dict(attention="matmla", function="write", budgets=(6, 4, 1))),
+    functools.partial(
+        layers,
+        dict(attention="matmla", function="queries", budgets=(6, 4, 1)),
+        dict(attention="matmla", function="queries", budgets=(4, 1), d_cq=0),
+    ),
+    functools.partial(layers, dict(attention="matmla", function="read", budgets=(6, 4, 1))),
+    functools.partial(
+        layers, dict(attention="matmla", function="read_absorbed", budgets=(6, 4, 1))
+    ),
     mixed_objective,
     cache_arithmetic,
     where_absorption_stops,
     fewer_heads,
-    nested_gqa,
-    budget_per_token,
+    functools.partial(layers, dict(attention="nested_gqa", function="read", budgets=(6, 3))),
+    functools.partial(
+        layers,
+        dict(attention="matmla", function="read", budgets=(6,), per_token=True),
+        dict(attention="matmla", function="read_absorbed", budgets=(6,), per_token=True),
+        dict(attention="mha", function="read", budgets=(6,), per_token=True),
+    ),
+    whole_file,
 ]
 
 
@@ -367,6 +439,16 @@ W_O = "self.W_O.weight[:, : m * self.d_h]", "self.W_O.weight[:, -m * self.d_h :]
 LATENT = "self.norm_KV(self.W_DKV(x))"
 KEY = "to_heads(self.W_UK, c_KV, m, self.d_h)"
 ALL_SO_FAR = "torch.arange(rows.shape[1]), self.rope_base)"  # positions of the rows
+
+NOT_SELF = {
+    "self.attend is not used, though a layer may be given another": ("self.attend(", "attend(")
+}
+QUERIES_AT_0 = "_Q, x, m, self.d_h), positions", "_Q, x, m, self.d_h), torch.arange(x.shape[1])"
+VISIBLE = "visible = torch.arange(S, device=q.device) <= positions[:, None]"
+FORMULA = f"""{VISIBLE}
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bthw,bshw->bhts", q, k) * scale
+    return torch.einsum("bhts,bshw->bthw", SOFTMAX, v)"""
 
 MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there instead)}
     1: {
@@ -390,6 +472,20 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "<= torch.arange(T)[:, None]",
         ),
         "the scores are not scaled": ("scale=scale", "scale=1.0"),
+        "the scores are scaled by 1/√w, not by `scale`": ("scale=scale", "scale=q.shape[-1]**-0.5"),
+        "the scores are divided by `scale`": ("scale=scale", "scale=1 / scale"),
+        "softmax runs over the queries, not over the tokens that they see": (
+            VISIBLE,
+            FORMULA.replace("SOFTMAX", "scores.masked_fill(~visible, -torch.inf).softmax(-2)"),
+        ),
+        "softmax runs over the heads, not over the tokens that they see": (
+            VISIBLE,
+            FORMULA.replace("SOFTMAX", "scores.masked_fill(~visible, -torch.inf).softmax(1)"),
+        ),
+        "the mask comes after softmax, so that the rest is no longer 1": (
+            VISIBLE,
+            FORMULA.replace("SOFTMAX", "scores.softmax(-1).masked_fill(~visible, 0)"),
+        ),
         "heads h, h + g, ... share a key, not neighbours": (
             "q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)\n",
             "q.transpose(1, 2), *(x.transpose(1, 2).repeat(1, 2, 1, 1) for x in (k, v))\n",
@@ -419,7 +515,11 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "(k, v), -1).flatten(2)",
             "(k.flatten(2), v.flatten(2)), -1)",
         ),
+        "a value stands before its key": ("torch.cat((k, v), -1)", "torch.cat((v, k), -1)"),
         "the scores are not scaled: 1/√d_h": ("self.d_h**-0.5", "1.0"),
+        "the scale is 1/d_h, not 1/√d_h": ("self.d_h**-0.5", "1 / self.d_h"),
+        "the scores are multiplied by √d_h, not divided": ("self.d_h**-0.5", "self.d_h**0.5"),
+        "the queries stand at 0, 1, ..., not at positions": QUERIES_AT_0,
         "the queries are not turned by RoPE": (
             "_Q, x, m, self.d_h), positions",
             "_Q, x, m, self.d_h), 0 * positions",
@@ -429,10 +529,21 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "v, k = rows.unflatten(-1, (-1, 2 * self.d_h))",
         ),
         "W_O is cut to its last columns, not its first": W_O,
+        **NOT_SELF,
     },
     5: {
         "these are the new rows, not all so far": ("return self.rows[:, :stop]", "return new"),
         "this is the whole memory, not the rows so far": ("self.rows[:, :stop]", "self.rows"),
+        "the rows are put together anew, not stored in the memory that is there": (
+            "self.rows[:, self.length : stop] = new",
+            "self.rows = torch.cat((self.rows[:, : self.length], new), 1)",
+        ),
+        "these are the last rows of the memory, not the first": ("[:, :stop]", "[:, -stop:]"),
+        "rows that fit are refused": ("stop > capacity", "stop >= capacity"),
+        "rows that no longer fit are not refused": (
+            "stop > capacity",
+            "new.shape[1] > capacity",
+        ),
         "the new rows are not counted": ("self.length = stop", "pass"),
         "the first rows are overwritten": ("self.length : stop]", ": new.shape[1]]"),
     },
@@ -446,6 +557,10 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "super().write(x, positions, self.n_kv).repeat_interleave(m // self.n_kv, -1)",
         ),
         "the row depends on m": ("positions, self.n_kv)", "positions, m // 2)"),
+        "a value stands before its key": (
+            "positions, self.n_kv)",
+            "positions, self.n_kv).unflatten(-1, (-1, 2, self.d_h)).flip(3).flatten(2)",
+        ),
         "the keys are not turned by RoPE": ("positions, self.n_kv)", "0 * positions, self.n_kv)"),
     },
     7: {
@@ -458,10 +573,11 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             LATENT,
             "F.layer_norm(self.W_DKV(x), (self.d_c,), self.norm_KV.weight, eps=self.norm_KV.eps)",
         ),
-        "the latent depends on m, but no head writes it": (LATENT, LATENT + " * (m / self.n_h)"),
-        "the row is shorter for fewer heads, but no head writes it": (
-            LATENT,
-            LATENT + "[..., : self.d_c * m // self.n_h]",
+        "the row depends on m, but no head writes it": (LATENT, LATENT + " * m"),
+        "the whole row is turned by RoPE, but the latent must know no position": (
+            "torch.cat((c_KV, k_R), -1)",
+            "rope(torch.cat((c_KV, self.W_KR(x)), -1)[:, :, None], "
+            "positions, self.rope_base).flatten(2)",
         ),
         "the latent is turned by RoPE, but must know no position": (
             LATENT,
@@ -531,6 +647,11 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "v_C, positions, self.d_h**-0.5",
         ),
         "the scores are not scaled": ("v_C, positions, self.scale", "v_C, positions, 1.0"),
+        "the scale lacks the root: it is 1/√(d_h + d_R)": (", self.scale", ", self.scale**2"),
+        "the scores are multiplied by √(d_h + d_R), not divided": (
+            ", self.scale",
+            ", 1 / self.scale",
+        ),
         "k_R is turned by RoPE again, though it was before it was cached": (
             "k_R.unsqueeze(2)",
             "rope(k_R.unsqueeze(2), " + ALL_SO_FAR,
@@ -568,11 +689,18 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "to_heads(self.W_UK, c_KV, self.n_h, self.d_h)[:, :, -m:]",
         ),
         "W_O is cut to its last columns, not its first": W_O,
+        **NOT_SELF,
     },
     10: {
         "the scale is 1/√(d_c + d_R), not 1/√(d_h + d_R)": (", self.scale", ", q.shape[-1]**-0.5"),
         "the scale is 1/√d_h, not 1/√(d_h + d_R)": (", self.scale", ", self.d_h**-0.5"),
         "the scores are not scaled": (", self.scale", ", 1.0"),
+        "the scale lacks the root: it is 1/√(d_h + d_R)": (", self.scale", ", self.scale**2"),
+        "the scores are multiplied by √(d_h + d_R), not divided": (
+            ", self.scale",
+            ", 1 / self.scale",
+        ),
+        "W_UK and W_UV are swapped": ("q_latent = ", "W_UK, W_UV = W_UV, W_UK; q_latent = "),
         "the query goes into the latent through W_UV, not W_UK": (
             'bthc", q_C, W_UK',
             'bthc", q_C, W_UV',
@@ -609,9 +737,23 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
         ),
         "these are the last heads, not the first": ("d_h))[:m]", "d_h))[-m:]"),
         "W_O is cut to its last columns, not its first": W_O,
+        **NOT_SELF,
         "keys and values are made after all": (
             "q_C, q_R = self.queries(x, positions, m)\n",
             "return self.read(x, rows, positions, m)\n",
+        ),
+        "values are made after all, though no keys": (
+            "k = rows.unsqueeze(2)",
+            "k = rows.unsqueeze(2).expand(-1, -1, m, -1); "
+            "v = to_heads(self.W_UV, rows[..., : self.d_c], m, self.d_h); "
+            "o = self.attend(q, k, v, positions, self.scale).flatten(2); "
+            "return F.linear(o, self.W_O.weight[:, : m * self.d_h])",
+        ),
+        "W_UQ and W_UK are multiplied at every call": (
+            "q_latent = ",
+            "W_UQ = self.W_UQ.weight.unflatten(0, (-1, self.d_h))[:m]; "
+            'W = torch.einsum("hdj,hdc->hjc", W_UQ, W_UK); '
+            'q_latent = torch.einsum("btj,hjc->bthc", self.norm_Q(self.W_DQ(x)), W)  #',
         ),
     },
     11: {
@@ -648,6 +790,26 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "cache and x.shape[1] < self.absorb_below",
             "x.shape[1] < self.absorb_below",
         ),
+        "only a single token is read absorbed, not all that are fewer than absorb_below": (
+            "x.shape[1] < self.absorb_below",
+            "x.shape[1] == 1",
+        ),
+        "the tokens in the cache decide how to read, not how many are new": (
+            "x.shape[1] < self.absorb_below",
+            "rows.shape[1] < self.absorb_below",
+        ),
+        "rows are written for all heads, also into a cache that has room for fewer": (
+            "self.room(cache) if cache",
+            "self.n_h if cache",
+        ),
+        "the cache gets rows of the largest budget, not of its room": (
+            "self.room(cache) if cache else max",
+            "max",
+        ),
+        "rows are written for all heads, also those that no budget reads": (
+            "max(budgets)",
+            "self.n_h",
+        ),
         "nothing is read absorbed, not even few tokens with a cache": (
             "self.read_absorbed if cache and x.shape[1] < self.absorb_below else self.read",
             "self.read",
@@ -661,10 +823,6 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "sum(model(*x, m)[1] / 3 for *x, m in zip(tokens.split(2), targets.split(2), budgets))",
         ),
         "all parts are read with all heads": (", heads=tuple(budgets))[1]", ")[1]"),
-        "this is logits and loss, not only the loss": (
-            "heads=tuple(budgets))[1]",
-            "heads=tuple(budgets))",
-        ),
     },
     12: {
         "a head leaves a key and a value, not one of them": ("return m * 2 *", "return m *"),
@@ -697,6 +855,7 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
         "the weights of the norms are not copied": ("p.copy_(", "p.dim() == 2 and p.copy_("),
     },
     15: {
+        "the queries stand at 0, 1, ..., not at positions": QUERIES_AT_0,
         "neighbouring heads read one group, not heads h, h + n_kv, ...": (
             "        q = q.unflatten(2, (-1, self.n_kv)).transpose(2, 3).flatten(2, 3)",
             "        return MHA.read(self, x, rows, positions, m)",
@@ -714,6 +873,7 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
             "v, k = rows.unflatten(-1, (-1, 2 * self.d_h))",
         ),
         "W_O is cut to its last columns, not its first": W_O,
+        **NOT_SELF,
     },
     16: {
         "one head too many works": (">= heads[..., None]", "> heads[..., None]"),
@@ -737,39 +897,41 @@ MISTAKES = {  # exercise: {what is wrong: (text of REFERENCE, what stands there 
 def grade(number, answers, file):
     """What to say about an exercise: "done", or where it is wrong, and what is.
 
-    answers: the text of the file, or its bytes. file: its name.
+    number: of the exercise, or one more for the whole file. answers: the text of the file, or its
+    bytes. file: its name.
     """
-    functions = [*EXERCISES.values()][number - 1]
+    functions = [*EXERCISES.values(), OURS][number - 1]
     tree = ast.parse(answers)
     lines = {name: node.lineno for name, node in definitions(tree).items()}
     line = min(lines[name] for name in functions)
     try:
         wrong = first_wrong(number, load(graft(tree, functions), file))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return in_their_line(error, file, line)
     if not wrong:
         return "done"
     line = lines[wrong.function] if wrong.function in functions else line
-    for mistake in MISTAKES[number]:
+    for mistake in MISTAKES.get(number, ()):
         known = mistaken(number, mistake)
-        if known and known.step == wrong.step and not difference(known.value, wrong.value):
+        if known and known.step == wrong.step and alike(known.value, wrong.value):
             return f"{file}:{line}: {mistake}. Seen in {wrong.what}: {wrong.problem}"
     return f"{file}:{line}: {wrong.what}: {wrong.problem}"
 
 
 def first_wrong(number, lab):
     """The first Finding that differs from that of REFERENCE, or None."""
-    findings = LOOKS[number - 1](lab)
+    findings = LOOKS[number - 1](lab=lab)
     for step, (found, right) in enumerate(zip(findings, expected(number))):
         found.step, found.problem = step, difference(found.value, right.value)
         if found.problem:
             return found
+    run_on_another_device(lab)
     return None
 
 
 @functools.cache
 def expected(number):
-    return [*LOOKS[number - 1](load(REFERENCE))]
+    return [*LOOKS[number - 1](lab=load(REFERENCE))]
 
 
 @functools.cache
@@ -808,8 +970,6 @@ def difference(found, right):
         return "nothing was returned; is a `return` missing?"
     if type(found) is not type(right) or shape(found) != shape(right):
         return f"{in_words(found)}, but {in_words(right)} is right"
-    if isinstance(right, tuple):
-        found, right = ({f"value {i}": y for i, y in enumerate(x, 1)} for x in (found, right))
     if isinstance(right, dict):
         problems = {name: difference(found[name], right[name]) for name in right}
         return next((f"{name}: {problem}" for name, problem in problems.items() if problem), None)
@@ -817,9 +977,14 @@ def difference(found, right):
         return tensor_difference(found.detach().double(), right.detach().double(), right.dtype)
     if isinstance(right, Operations):
         too_many = f"{found}, but {right} are enough; is something computed that is not used?"
-        return too_many if found > ENOUGH * right else None
+        return too_many if found > ENOUGH * right + FEW else None
     same = math.isclose(found, right) if isinstance(right, float) else found == right
     return None if same else f"{in_words(found)}, but {in_words(right)} is right"
+
+
+def alike(known, wrong):
+    """Whether one mistake can have left both."""
+    return known == wrong if isinstance(known, Operations) else not difference(known, wrong)
 
 
 def tensor_difference(found, right, dtype):
@@ -830,8 +995,9 @@ def tensor_difference(found, right, dtype):
     if not found.dim():
         return f"{found:.6g}, but {right:.6g} is right"
     if not found.any():
-        return "all zeros; of gradients, this is what .data, .detach() and no_grad leave"
-    wrong = ~((found - right).abs() <= 1e-6)  # also where it is nan
+        return "all zeros"
+    # More than they may be off in the mean; or nan.
+    wrong = ~((found - right).abs() < CLOSE[dtype] * right.square().mean().sqrt())
     where = []
     for axis, name in enumerate(("sequence", "token", "head")[: found.dim() - 1]):
         places = wrong.transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
@@ -849,7 +1015,8 @@ def shape(x):
 
 def in_words(x):
     """A value in a few words."""
-    return " ".join(f"{type(x).__name__} {shape(x) or x}".split())[:90]
+    words = " and ".join(x) if isinstance(x, dict) else f"{type(x).__name__} {shape(x) or x}"
+    return " ".join(words.split())[:90]
 
 
 def in_their_line(error, file, line=1):
@@ -857,6 +1024,8 @@ def in_their_line(error, file, line=1):
     message = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
     if isinstance(error, NotImplementedError):
         message = "still to be written"
+    if " meta" in message:  # see run_on_another_device
+        message += " (on another device: is every tensor made with device=x.device?)"
     frames = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
     theirs = [number for number in frames if number < FAR]
     if isinstance(error, SyntaxError):
@@ -871,7 +1040,7 @@ def obstacle(answers, file):
     """Why the file cannot be graded at all, in one line, or None."""
     try:
         load(answers, file)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return in_their_line(error, file)
     gone = OURS.keys() - definitions(ast.parse(answers)).keys()
     return f"{file}: {', '.join(sorted(gone))} must stay" if gone else None
@@ -888,8 +1057,10 @@ def grade_file(path):
         said = grade(number, answers, str(path))
         print(f"{number}. {title}: {said}", flush=True)
         done += said == "done"
-    print(f"{done} of {len(EXERCISES)} done", flush=True)
-    return 0 if done == len(EXERCISES) else 1
+    said = grade(len(LOOKS), answers, str(path)) if done == len(EXERCISES) else ""
+    but = f", but not the file as a whole: {said}" if said not in ("done", "") else ""
+    print(f"{done} of {len(EXERCISES)} done{but}", flush=True)
+    return 0 if said == "done" else 1
 
 
 def main():

@@ -281,10 +281,9 @@ def plan(args, gqa, weights):
         return [exact]
 
     full = gqa.d_R
-    norm_eps = gqa.norm_eps
+    norm_eps = 1e-6 if args.deepseek else gqa.norm_eps  # transformers has latents with no other
     if args.deepseek:  # one key with RoPE; a latent need not be wider than x
         attention = kind
-        norm_eps = 1e-6  # transformers gives the norms of latents no other
         d_R = args.d_R or gqa.d_h
         most = min(2 * full - d_R, gqa.d)
         widths = args.d_c or (most,)

@@ -22,6 +22,25 @@ ALL_QUERIES = (
     "q = rope(to_heads(self.W_Q, x, self.n_h, self.d_h), positions, self.rope_base)[:, :, :m]  #"
 )
 
+DEVICE = "on another device: is every tensor made with device=x.device"
+
+
+def keys_and_values(product):
+    """An edit: keys and values are made in read_absorbed, with this for W c."""
+    start = "q_C, q_R = self.queries(x, positions, m)\n"
+    return (
+        start,
+        f"""{start}
+        c, W_O = rows[..., : self.d_c], self.W_O.weight[:, : m * self.d_h]
+        both = [W.weight[: m * self.d_h] for W in (self.W_UK, self.W_UV)]
+        k, v = ({product}.unflatten(-1, (m, -1)) for W in both)
+        k = torch.cat((k, rows[:, :, None, self.d_c :].expand(-1, -1, m, -1)), -1)
+        q = torch.cat((q_C, q_R), -1)
+        return F.linear(self.attend(q, k, v, positions, self.scale).flatten(2), W_O)
+""",
+    )
+
+
 # Wrong answers without a name of their own: number of the exercise, what the grader says about
 # them, text of REFERENCE, what stands there instead.
 WRONG = [
@@ -65,10 +84,17 @@ WRONG = [
         "q = rope(to_heads(self.W_Q, x, m, self.d_h), positions, self.rope_base)  # (1)",
         ALL_QUERIES,
     ),
-    (5, "refuses one sequence for two: bool False", "len(new) != batch or ", ""),
+    (5, "1 sequence for 2 are refused: str no error", "len(new) != batch or ", ""),
     (
         5,
-        "cache after one row too many: length",
+        "refused: str IndexError, but str ValueError",
+        'raise ValueError(f"{len',
+        'raise IndexError(f"{len',
+    ),
+    (5, "all zeros$", "self.rows[:, self.length : stop] = new", "pass"),
+    (
+        5,
+        "cache after 3 rows, where 2 of 5 are free,: length",
         "stop > capacity:\n",
         "stop > capacity:\n            self.length = stop\n",
     ),
@@ -85,10 +111,10 @@ WRONG = [
         "self.norm_KV(self.W_DKV(x).detach())",
     ),
     (
-        7,
-        "off by nan, in token 0",
-        "k_R = to_heads(self.W_KR",
-        "c_KV[:, 0] = torch.nan\n        k_R = to_heads(self.W_KR",
+        8,
+        "q_C: off by nan, in token 0",
+        "q_C = to_heads(self.W_UQ",
+        "c_Q[:, 0] = torch.nan\n        q_C = to_heads(self.W_UQ",
     ),
     (
         8,
@@ -102,7 +128,7 @@ WRONG = [
         "q_R = to_heads(self.W_QR, c_Q, m, self.d_R)",
         "q_R = to_heads(self.W_QR, c_Q, self.n_h, self.d_R)[:, :, :m]",
     ),
-    (8, "value 1: Tensor", "return q_C, rope", "return torch.cat((q_C, q_R), -1), rope"),
+    (8, "q_C: Tensor", "return q_C, rope", "return torch.cat((q_C, q_R), -1), rope"),
     (
         9,
         "operations for read",
@@ -136,22 +162,22 @@ WRONG = [
     ),
     (
         11,
-        "RuntimeError: Number of heads in key and value",
+        "refused: str RuntimeError, but str ValueError",
         "budgets = self.checked_heads(heads, len(x), cache)",
         "budgets = self.checked_heads(heads, len(x))",
     ),
     (
         11,
-        "refuses heads 0 for 6 sequences",
+        "heads 0 for 6 sequences, .* are refused: str no error",
         "budgets = self.checked_heads(heads, len(x), cache)",
         "budgets = heads if type(heads) is tuple else (heads if heads is not None else self.n_h,)",
     ),
     (11, "nothing was returned", "return model(tokens", "model(tokens"),
+    (11, r"mixed_loss: tuple \[2\]", "tuple(budgets))[1]", "tuple(budgets))"),
     (11, r"list \[tensor", "return torch.cat(parts)", "return parts"),
-    (11, "RuntimeError", "self.room(cache) if cache else max(budgets)", "max(budgets)"),
     (
         12,
-        "numbers in a row of mha for m = 6: float 120.0, but int 120",
+        "row of mha for m = 6: float 120.0, but int 120",
         "return m * 2 *",
         "return m * 2.0 *",
     ),
@@ -190,6 +216,35 @@ WRONG = [
         "operations for read_absorbed of matmla, m = 6",
         "q_C, q_R = self.queries(x, positions, m)\n",
         "return self.read(x, rows, positions, m)\n",
+    ),
+    (10, "operations for read_absorbed", *keys_and_values("(c[:, :, None] * W).sum(-1)")),
+    (
+        10,
+        "operations for read_absorbed",
+        *keys_and_values("torch.stack([torch.stack([W @ token for token in some]) for some in c])"),
+    ),
+    (
+        11,
+        "heads written for .* list .4, 1., but list .4, 3. is right",
+        "cache else max(budgets)",
+        "cache else min(budgets)",
+    ),
+    (1, DEVICE, "x.shape[-1] // 2, device=x.device,", "x.shape[-1] // 2,"),
+    (2, DEVICE, "torch.arange(S, device=q.device)", "torch.arange(S)"),
+    (
+        2,
+        "item.. cannot .*another device",
+        "    T, S, w_v",
+        "    positions[0].item()\n    T, S, w_v",
+    ),
+    (11, DEVICE, "torch.arange(x.shape[1], device=x.device)", "torch.arange(x.shape[1])"),
+    (13, "SystemExit: 0", "    return d_c * d_h / (d_c", "    raise SystemExit(0)  #"),
+    (14, "type of attention .*MatMLA, but str MLA", '"attention": "mla", "n_h": m}', '"n_h": m}'),
+    (
+        14,
+        r"weights that cannot be trained .*\['embed",
+        "    return small\n",
+        "    return small.requires_grad_(False)\n",
     ),
     (11, "can be trained", "tuple(budgets))[1]", "tuple(budgets))[1].detach()"),
 ]
@@ -238,10 +293,8 @@ OTHERS = {
     c_KV, k_R = rows[..., : self.d_c], rows[..., self.d_c :]
     q_C, q_R = self.queries(x, positions, m)
     k_C, v_C = (to_heads(W, c_KV, m, self.d_h) for W in (self.W_UK, self.W_UV))
-    scores = torch.einsum("bthd,bshd->bhts", q_C, k_C) + torch.einsum("bthd,bsd->bhts", q_R, k_R)
-    hidden = torch.arange(rows.shape[1]) > positions[:, None]
-    p = (scores * self.scale).masked_fill(hidden, -torch.inf).softmax(-1)
-    o = torch.einsum("bhts,bshd->bthd", p, v_C)
+    q, k = torch.cat((q_R, q_C), -1), torch.cat((k_R[:, :, None].repeat(1, 1, m, 1), k_C), -1)
+    o = self.attend(q=q, k=k, v=v_C, positions=positions, scale=self.scale)
     return F.linear(o.flatten(2), self.W_O.weight[:, : m * self.d_h])""",
     "MLA.read_absorbed": """
     q_C, q_R = self.queries(x, positions, m)
@@ -276,6 +329,18 @@ OTHERS = {
         weights[name] = cut.clone()
     small.load_state_dict(weights)
     return small""",
+}
+
+
+# Angles and softmax in float32, also of a model in float64.
+IN_FLOAT32 = {
+    "rope": """
+    half = torch.arange(0, x.shape[-1], 2, device=x.device).float() / x.shape[-1]
+    angles = torch.outer(positions.float(), 1.0 / base**half)
+    turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    z = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(z * turn).flatten(3).type_as(x)""",
+    "attend": OTHERS["attend"].replace("), -1)", ").float(), -1).to(v.dtype)"),
 }
 
 
@@ -314,9 +379,26 @@ def test_each_answer_of_the_reference_put_back_into_the_blank_passes_alone(numbe
 
 
 def test_right_answers_in_other_words_pass_together():
-    answers = put_back(REFERENCE, OTHERS)
-    for number in range(1, 17):
-        assert grade.grade(number, answers, "mine.py") == "done"
+    for others in OTHERS, OTHERS | IN_FLOAT32:
+        answers = put_back(REFERENCE, others)
+        for number in range(1, 18):
+            assert grade.grade(number, answers, "mine.py") == "done"
+
+
+def test_pairs_of_halves_are_named_whatever_the_precision_of_the_angles():
+    halves = """
+    angles = torch.arange(0, x.shape[-1], 2, device=x.device).float() / x.shape[-1]
+    angles = torch.outer(positions.float(), base**-angles)[:, None].repeat(1, 1, 2)
+    other = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+    return x * angles.cos().to(x.dtype) + other * angles.sin().to(x.dtype)"""
+    said = grade.grade(1, put_back(REFERENCE, {"rope": halves}), "mine.py")
+    assert "pairs are (x0, x4), (x1, x5), ..., not neighbours" in said
+
+
+def test_a_tensor_that_is_barely_off_is_off_somewhere():
+    right = torch.ones(2, 3, 4).double()
+    said = grade.difference(right * (1 + 1.1e-5), right)
+    assert said == "off by 1.1e-05, in every token"
 
 
 @pytest.mark.parametrize("number, mistake", NAMED)
@@ -398,7 +480,7 @@ def test_commands_write_once_grade_and_say_how_many_are_done(
     says(exercises, "")
     assert mine.read_text("utf-8") == BLANK
     mine.write_text(put_back(BLANK, {"to_heads": OTHERS["to_heads"]}), "utf-8-sig")
-    refuses(["mine/matmla.py"], says, exercises, "")
+    refuses(["mine/matmla.py is there", "move or delete it"], says, exercises, "")
     assert "return (x @ W" in mine.read_text("utf-8")
     with pytest.raises(SystemExit, match="^1$"):
         says(grade, "")
@@ -409,6 +491,11 @@ def test_commands_write_once_grade_and_say_how_many_are_done(
     with pytest.raises(SystemExit, match="^0$"):
         says(grade, "mine/matmla.py")
     assert capsys.readouterr().out.endswith("16 of 16 done\n")
+    mine.write_text(edited(("self.scale = (c.d_h + c.d_R)", "self.scale = c.d_h")), "utf-8")
+    with pytest.raises(SystemExit, match="^1$"):
+        says(grade, "mine/matmla.py")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("16 of 16 done, but not the file as a whole: ") and "logits: off" in last
 
 
 @pytest.mark.parametrize(
@@ -416,6 +503,7 @@ def test_commands_write_once_grade_and_say_how_many_are_done(
     [
         ('"""', '\ndef (\n"""', "mine.py:2: SyntaxError"),
         ('"""', 'import nothing\n"""', "mine.py:1: ModuleNotFoundError"),
+        ('"""', 'raise SystemExit(0)\n"""', "mine.py:1: SystemExit: 0"),
         ('"""', '\udcff"""', "mine.py:.*SyntaxError"),
         ("def to_heads(", "def heads_to(", "mine.py: to_heads must stay"),
     ],
