@@ -291,6 +291,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_as_if_it_never_was(
     """Bit by bit, but for the times. Ctrl-C loses what is not saved; SIGTERM saves first."""
     out = f"stopped{at}"
     ordinary = train.Run.advance
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 
     def advance(run):
         if run.step == at:
