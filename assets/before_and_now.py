@@ -34,27 +34,17 @@ def main():
             runs[version].append(train(version, flags))
     rows = []
     for version, finals in runs.items():
-        speed = statistics.median(final["tokens_per_second"] for final in finals)
         row = {
             "version": version,
-            "tokens/s": round(speed),
+            "tokens/s": round(statistics.median(final["tokens_per_second"] for final in finals)),
             "all": [round(final["tokens_per_second"]) for final in finals],
-            "MFU": finals[0]["mfu"]
-            and round(speed * finals[0]["flops"] / finals[0]["tokens"] / 989e12, 3),
+            "MFU": round(statistics.median(final["mfu"] for final in finals), 3),
             "GiB": round(finals[0]["memory"] / 2**30, 1),
         }
         rows.append(row)
         print(row, flush=True)
-    print(
-        json.dumps(
-            {
-                "flags": flags,
-                "device": finals[0]["device"],
-                "torch": finals[0]["torch"],
-                "rows": rows,
-            }
-        )
-    )
+    where = {"device": finals[0]["device"], "torch": finals[0]["torch"]}
+    print(json.dumps({"flags": flags, **where, "rows": rows}))
 
 
 main()
