@@ -142,7 +142,7 @@ def check_budgets(budgets, config):
     with torch.device("meta"):  # without weights
         unit = ATTENTION[config.attention](config).unit
     allowed = range(unit, config.n_h + 1, unit)
-    if list(budgets) != sorted(set(budgets) & set(allowed), reverse=True):
+    if not budgets or list(budgets) != sorted(set(budgets) & set(allowed), reverse=True):
         raise UserError(
             f"budgets {budgets} must be different, the largest first, and in {[*allowed]}"
         )

@@ -215,7 +215,9 @@ def hold_out_tail(folder, itemsize):
         shutil.copyfileobj(rest, file)
     val.replace(train)
     cut = train.stat().st_size // itemsize * 19 // 20 * itemsize
-    np.fromfile(train, np.uint8, offset=cut).tofile(val)
+    with open(train, "rb") as file, open(val, "wb") as tail:
+        file.seek(cut)
+        shutil.copyfileobj(file, tail)
     os.truncate(train, cut)
 
 

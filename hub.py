@@ -4,7 +4,6 @@ What our models cannot do is refused by name, not left out.
 """
 
 import json
-import logging
 from pathlib import Path
 
 import gguf
@@ -102,7 +101,6 @@ def read_pretrained(name):
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own line says it
     path = Path(name)
     reader = None
     where = {"pretrained_model_name_or_path": name, "trust_remote_code": False}

@@ -21,13 +21,14 @@ from tokenizer import TextStream, UserError
 
 
 def read_heads(text, n, model):
-    """--heads for n new tokens, as a schedule of GPT.stream: 12:64,4:* or 8, which means 8:*.
+    """--heads for n new tokens, as keywords of GPT.stream: heads, or a schedule for "12:64,4:*".
 
     ValueError if it is neither, for more or fewer tokens, or for heads that the model has not.
     """
-    text = text.replace("all", str(model.config.n_h))
     if ":" not in text:
-        text += ":*"
+        model.layer_heads(heads_of(text), 1)
+        return {"heads": heads_of(text)}
+
     schedule = []
     for part in text.split(","):
         heads, _, count = part.partition(":")
@@ -42,7 +43,7 @@ def read_heads(text, n, model):
         schedule += [heads_of(heads)] * int(count)
     if len(schedule) < n:
         raise UserError(f"--heads {text} is for {len(schedule)} tokens, but --tokens is {n}")
-    return schedule
+    return {"schedule": schedule}
 
 
 def write_samples(args):
@@ -56,21 +57,21 @@ def write_samples(args):
 
     # What cannot be is refused here, before anything is written.
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    schedules = [[m] * args.tokens for m in model.config.budgets]
+    choices = [{"heads": m} for m in model.config.budgets]
     with user_input():
         args.prompt.encode()  # what a command line has in another encoding is no text
         sample(torch.zeros(1, 1), **sampling)
         if not args.compare:
-            schedules = [read_heads(args.heads, args.tokens, model)]
+            choices = [{} if args.heads == "all" else read_heads(args.heads, args.tokens, model)]
     prompt = torch.tensor([encoding.encode_ordinary(args.prompt)], dtype=torch.long, device=device)
     if prompt.numel() == 0:
         raise UserError("--prompt has 0 tokens to continue")
 
-    for schedule in schedules:
+    for choice in choices:
         print(args.prompt, end="", flush=True)
         sampling["generator"] = torch.Generator(device).manual_seed(args.seed % 2**63)
         text = TextStream(encoding)
-        for i, token in enumerate(model.stream(prompt, args.tokens, schedule=schedule, **sampling)):
+        for i, token in enumerate(model.stream(prompt, args.tokens, **choice, **sampling)):
             if i < 2:  # the first two read the prompt and warm up
                 began = time.perf_counter()
             print(text.step(token.item()), end="", flush=True)
@@ -78,7 +79,7 @@ def write_samples(args):
         print(text.end())
         if args.compare and args.tokens > 2:
             print(
-                f"--- {schedule[0]} heads: {(args.tokens - 2) / seconds:,.0f} tokens/s, "
+                f"--- {choice['heads']} heads: {(args.tokens - 2) / seconds:,.0f} tokens/s, "
                 f"{model.new_cache(1, 1).nbytes:,} bytes of cache per token ---\n"
             )
 

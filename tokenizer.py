@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import tiktoken
 import tokenizers
+import torch
 
 END = "<|endoftext|>"  # between documents
 
@@ -18,10 +19,15 @@ class UserError(ValueError):
 
 @contextmanager
 def explained(message):
-    """Inside, whatever goes wrong becomes a UserError: this message, then the library's own."""
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it would say it, too
+    """Inside, whatever goes wrong becomes a UserError: this message, then the library's own.
+
+    But for too little memory. From then on the hub's library logs nothing: our own line says it.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # the libraries have no class of their own for this
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{message} ({reason[:400]})") from error

@@ -209,7 +209,7 @@ def micro_batches(args, step, rank=0, world=1):
     turns = np.repeat(args.budgets, args.shares)
     mine = np.arange(rank, args.batch, world)
     count = math.ceil(len(mine) / args.micro_batch)
-    for sequences in np.array_split(mine, count):  # alike, so that a pass has few budgets
+    for sequences in np.array_split(mine, count):  # neighbours, so that a pass has few budgets
         weight = len(sequences) / len(mine)
         if args.objective == "mixed":
             places = step * args.batch + np.arange(args.batch)
@@ -414,6 +414,7 @@ class Run:
         self.args, self.world = args, world
         self.model, self.optimizers, self.run_pass = build(args, world)
         self.step, log, seconds = restore(args, self.optimizers, world)
+        self.saved = -1  # the step that was saved last
         self.tokens, self.held_out, self.data = load_data(args, world)
         self.book = Logbook(args, log, seconds, self.step, world.first)
 
@@ -473,6 +474,7 @@ class Run:
                 log=self.book.entries,
                 data=self.data,
             )
+        self.saved = self.step
 
     def summary(self):
         """The last line of a finished run's log, a dict."""
@@ -518,9 +520,11 @@ def train(args):
             if run.step % args.eval_every == 0 or run.step == args.steps:
                 run.measure()
             if sigterm and run.step < args.steps:
-                run.save()
-                again = f"to go on: --resume --out {args.out}"
-                print(f"stopped after step {run.step} and saved; {again}", file=sys.stderr)
+                if run.saved < run.step:
+                    run.save()
+                if world.first:
+                    again = f"to go on: --resume --out {args.out}"
+                    print(f"stopped after step {run.step} and saved; {again}", file=sys.stderr)
                 sys.exit(128 + signal.SIGTERM)
         run.book.bar.close()
         world.leave()

@@ -147,6 +147,11 @@ def test_shares_are_in_proportion_to_the_heads_unless_given(flags, shares):
     assert settings(flags).shares == shares
 
 
+def test_a_model_has_a_budget():
+    with pytest.raises(UserError, match="budgets .. must be different"):
+        common.check_budgets((), Config())
+
+
 def test_training_flops_are_those_of_the_heads_that_are_computed():
     """6 per weight and token, and attention's T x T scores and sums, forward and twice backward."""
     sizes = dict(d=24, d_h=4, d_c=12, d_cq=8, d_R=4, d_ff=32)
@@ -283,6 +288,7 @@ def test_only_the_weights_that_are_named_are_trained(finished):
         (signal.SIGINT, 130, 0, 0, "from the last checkpoint:"),
         (signal.SIGINT, 130, 27, 20, "from the last checkpoint:"),
         (signal.SIGTERM, 143, 13, 14, "after step 14 and saved; to go on:"),
+        (signal.SIGTERM, 143, 19, 20, "after step 20 and saved; to go on:"),
     ],
 )
 def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_as_if_it_never_was(
@@ -309,6 +315,12 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_as_if_it_never_was(
         assert 0 < state["log"].pop()["final"]["seconds"] <= state["seconds"]
     assert first["log"] == second["log"]
     torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
+
+
+def test_too_little_memory_is_called_that_and_not_a_damaged_run(finished, monkeypatch, refuses):
+    full = Mock(side_effect=torch.OutOfMemoryError("on the GPU"))
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", full)
+    refuses(["not enough memory on the GPU"], run, "--resume", "--out", "out", "--steps", "50")
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
