@@ -300,7 +300,8 @@ def load_run(folder, device):
     path = folder / "checkpoint.pt"
     content = load_checkpoint(path, device)
     model, _ = load(path, device, content)
-    c, settings = model.config, content["settings"]
+    c = model.config
+    settings = content["settings"]
     if "data" not in settings:
         raise UserError(f"{folder} was not trained by train.py, so it has no held-out text")
     source = settings["data"], content["encoding"], settings["tokens"], c.vocab_size

@@ -7,6 +7,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -111,10 +112,10 @@ class Captured:
 
     The first call runs it as it is, to compile and to allocate. The second captures it. From then
     on it is replayed: on the same tensors, with the result in the same place. pool: memory that
-    graphs share which never run at the same time; None: it has its own.
+    graphs share which never run at the same time.
     """
 
-    def __init__(self, function, pool=None):
+    def __init__(self, function, pool):
         self.function = function
         self.pool = pool
         self.calls = 0
@@ -149,11 +150,8 @@ class CapturedPasses:
         kind = heads, len(x), weight
         if kind not in self.kinds:
             place = x.clone(), y.clone()
-
-            def function():
-                return self.run_pass(model, *place, heads, weight)
-
-            self.kinds[kind] = place, Captured(function, self.pool)
+            run_pass = partial(self.run_pass, model, *place, heads, weight)
+            self.kinds[kind] = place, Captured(run_pass, self.pool)
         place, captured = self.kinds[kind]
         place[0].copy_(x)
         place[1].copy_(y)

@@ -445,9 +445,10 @@ class Run:
 
     def measure(self):
         """Evaluate, save, and tell. Before the first step and at the end more text is read."""
-        budgets, book = self.args.budgets, self.book
+        book = self.book
         if self.world.first:
             count = 256 if self.step in (0, self.args.steps) else 32
+            budgets = self.args.budgets
             with torch.compiler.set_stance("force_eager"):
                 losses = dict(zip(budgets, evaluate(self.model, self.held_out, count, budgets)))
             book.entries.append({"step": self.step, "val_loss": losses})

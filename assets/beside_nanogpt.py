@@ -9,13 +9,13 @@ and AdamW. The last line of output is the table as JSON.
 """
 
 import json
-import time
 
 import numpy as np
 import torch
 from model import GPT, GPTConfig  # nanoGPT's model.py
 
 import train
+from bench_cache import seconds
 from common import Table
 from data import windows
 from devices import World
@@ -63,23 +63,13 @@ def matmla(micro_batch, passes):
     return step
 
 
-def seconds(step, steps):
-    """Mean time of some steps."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
-
-
 def compare(micro_batch, passes):
-    """Tokens per second of both: the medians of five turns."""
+    """Tokens per second of both: the medians of five turns of a second or more."""
     both = {"nanoGPT": nanogpt(micro_batch, passes), "MatMLA": matmla(micro_batch, passes)}
     for step in both.values():
-        seconds(step, max(6 // passes, 2))  # compiles, and captures
-    steps = max(1, 400 // (micro_batch * passes))
-    turns = [{name: seconds(step, steps) for name, step in both.items()} for _ in range(5)]
+        for _ in range(3):  # compiles, and captures
+            step()
+    turns = [{name: seconds(step) for name, step in both.items()} for _ in range(5)]
     tokens = micro_batch * passes * 1024
     speed = {name: tokens / float(np.median([turn[name] for turn in turns])) for name in both}
     torch.compiler.reset()

@@ -603,9 +603,8 @@ claim(
     *(fmean(one), eight[0], eight[-1]),
 )
 
-log = (HERE / "beside_llama_cpp.log").read_text().splitlines()
 steps = {  # for each length of the cache, the relative times of llama.cpp and of transformers
-    length: [line.split("|")[5:7] for line in log if line.startswith(f"| {length} |")]
+    length: [line[4:] for line in read_table("beside_llama_cpp.log") if line[0] == length]
     for length in ("256", "2,048")
 }
 short, long = (sorted(float(theirs) for theirs, _ in steps[length]) for length in steps)

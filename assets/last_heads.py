@@ -8,7 +8,6 @@ with the budgets by their shares, as before. last_heads.json goes to --out. Flag
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -33,10 +32,8 @@ def rows_of_last_heads(name, p, first=8, n_h=12):
     return mask
 
 
-def go_on(source, way, flags):
+def go_on(args):
     """Losses at 12, 8 and 4 heads, before and after the steps."""
-    parser, args = train.settings(["--init", str(source), *RECIPE, *flags, *WAYS[way]])
-    args.out = args.out / way.replace(" ", "_")
     run = train.Run(args, start_processes(args))
     before = evaluate(run.model, run.held_out, 256, (12, 8, 4))
     masks = {}
@@ -56,9 +53,9 @@ def go_on(source, way, flags):
 
 source, *flags = sys.argv[1:]
 results = {}
-for way in WAYS:
-    results[way] = go_on(Path(source) / "checkpoint.pt", way, flags)
+for way, own in WAYS.items():
+    _, args = train.settings(["--init", f"{source}/checkpoint.pt", *RECIPE, *flags, *own])
+    results[way] = go_on(args)
     print(way, results[way], flush=True)
-out = train.settings(["--init", str(Path(source) / "checkpoint.pt"), *flags])[1].out
-out.mkdir(parents=True, exist_ok=True)
-(out / "last_heads.json").write_text(json.dumps(results, indent=1) + "\n")
+args.out.mkdir(parents=True, exist_ok=True)
+(args.out / "last_heads.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -80,8 +80,7 @@ def check(program, serve, checkpoints):
             random_checkpoint(path, attention=attention)
             found.append(compare(path, heads, program, serve))
     for path in checkpoints:
-        config = load(path, "cpu")[0].config
-        budgets = config.budgets if config.attention == "matmla" else [config.n_h]
+        budgets = load(path, "cpu")[0].config.budgets
         found += [compare(path, str(m), program, serve) for m in budgets]
 
     table = Table()
