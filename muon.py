@@ -40,9 +40,8 @@ class Muon(torch.optim.Muon):
         """One step, with weight decay. Every parameter must have a gradient."""
         group = self.param_groups[0]
         for matrices, direction in self.directions():
-            size = (
-                0.2 * max(matrices[0].shape) ** 0.5
-            )  # as in an AdamW step, whose root mean square is about 0.2
+            # As in an AdamW step, whose root mean square is about 0.2
+            size = 0.2 * max(matrices[0].shape) ** 0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, list(direction), alpha=-group["lr"] * size)
 
@@ -57,4 +56,5 @@ def orthogonalized(G, group):
     for _ in range(group["ns_steps"]):
         A = G @ G.mT
         G = torch.baddbmm(G, torch.baddbmm(A, A, A, beta=b, alpha=c), G, beta=a)
-    return (G.mT if tall else G).to(dtype)
+    G = G.mT if tall else G
+    return G.to(dtype, memory_format=torch.contiguous_format)  # laid out as the weights: faster
