@@ -24,7 +24,8 @@ def attend_one(q, k, v, positions, scale):
 
     Compiled, it is flash decoding: parts of the chip read different pieces of the keys, and what
     they found is put together. Everything else is left to `attend`. So is one short row of keys,
-    which one sequence has in a latent attention: there, dividing it takes longer than it saves.
+    which one sequence has in a latent attention: there, dividing it takes longer than it saves. And
+    so are keys wider than 256, for which it is faster at few sizes only (assets/wide_rows.py).
     """
     B, S, g, w = k.shape
     possible = q.shape[1] == 1 and q.dtype == torch.bfloat16 and 16 <= v.shape[-1] <= w <= 256

@@ -20,7 +20,8 @@ W_UV picks the value. For head h of group g = h // (n_h / n_kv):
     W_UV = (0, ..., 1, ..., 0)         W_UV c_KV = v_g
 
 W_UK is zero, so q_C · k_C is 0 at first. W_UQ is not zero, so that gradients reach W_UK. In W_UK,
-and in the zeros of W_QR and W_UV, training finds what GQA cannot say.
+and in the zeros of W_QR and W_UV, training may find what GQA cannot say. (RESULTS.md has a case in
+which that gained nothing.)
 """
 
 import math

@@ -125,6 +125,9 @@ SMALL = read("30m/report.json")  # 30M parameters
 for name, run in SMALL.items():
     assert read(f"30m/{name}.jsonl")[-1]["final"] == run, name
 EARLIER = read("report_150m.json")
+LARGE = read("paper/report.json")  # the paper's sizes
+for name, run in LARGE.items():
+    assert read(f"paper/{name}.jsonl")[-1]["final"] == run, name
 
 
 def best(name):
@@ -169,22 +172,30 @@ claim("2 × 2 groups × 20 = #", SIZES["tiny"]["gqa"]["numbers in a layer"])
 claim("64 + 16 = #", SIZES["tiny"]["mla"]["numbers in a layer"])
 claim("whatever the number of heads** | **#**", SIZES["tiny"]["matmla"]["numbers in a layer"])
 claim("DeepSeek-V3 leaves # bytes", SIZES["published"]["DeepSeek-V3"]["bytes measured"])
-claim("GQA of 8 groups would keep # GB", 2 * 8 * 128 * 61 * 2 * GB)
 
 section("README.md", "The paper, and what we do otherwise")
-for m, behind in zip(PAPER, PAPER_BEHIND):
-    row(str(m), *PAPER[m], behind)
-ahead = below(DEFAULT, best("layers"))
-claim("it is #% of perplexity better at 12 and 8 heads", ahead[0])
-claim("it is #% of perplexity better at 12 and 8 heads", ahead[1])
-claim("about what seeds differ by, and #% at 4", ahead[2])
+ours = perplexity(LARGE, "mat"), perplexity(LARGE, "layers")
+mla = {m: perplexity(LARGE, f"mla{m}") for m in (12, 4)}
+row(
+    "12",
+    *PAPER[12],
+    PAPER_BEHIND[0],
+    ours[0][0],
+    *mla[12],
+    *above(ours[0][:1], mla[12]),
+    ours[1][0],
+)
+row("8", *PAPER[8], PAPER_BEHIND[1], ours[0][1], ours[1][1])
+row("4", *PAPER[4], PAPER_BEHIND[2], ours[0][2], *mla[4], *above(ours[0][2:], mla[4]), ours[1][2])
+claim("ours of the same layers after # tokens", LARGE["mat.0"]["tokens"])
+claim("It is #, # and #% of perplexity better", *below(*ours))
+claim("with 30M parameters #, # and #%, where", *below(DEFAULT, best("layers")))
 
 section("README.md", "What comes out")
 claim("# tokens of Wikipedia", SMALL["mat321.0"]["tokens"])
 claim("2 bytes = # bytes of cache per token", SMALL["mat321.0"]["cache_bytes"])
 row("three MLA models", *MLA)
 row("**one MatMLA, our default**", *DEFAULT)
-row("one MatMLA, trained as in the paper", *best("layers"))
 row("one MatMLA, shares 10 : 1 : 1", *best("mat10"))
 row("one nested GQA", *best("nested_gqa"))
 for ahead in below(DEFAULT, best("nested_gqa")):
@@ -200,74 +211,67 @@ section("RESULTS.md", "How to read the numbers")
 TINY = read("report_tiny.json")
 apart = most_apart(SMALL, EARLIER)
 claim(
-    "two seeds differ by up to # in loss after # tokens, or #% of perplexity (on WikiText #%)",
+    "two seeds differ by up to # in loss after # tokens, or #% of perplexity",
     apart,
     SMALL["mat321.0"]["tokens"],
     100 * (exp(apart) - 1),
-    100 * (exp(most_apart(EARLIER, kind="text_loss")) - 1),
 )
 claim("For the default model it is #", most_apart(TINY))
 
-LARGE = read("paper_scale/report.json")
 section("RESULTS.md", "Results")
-claim("-size): # parameters, MatMLA beside", LARGE["matmla"]["parameters"])
+claim("-sizes): # parameters, MatMLA beside", LARGE["mat.0"]["parameters"])
 
-section("RESULTS.md", "At the paper's size")
-logs = {name: read(f"paper_scale/{name}/metrics.jsonl") for name in LARGE}
-for name, run in LARGE.items():
-    assert logs[name][-1]["final"].items() <= run.items(), name
-held_out = [value for name in LARGE for value in loss(LARGE, name)]
-on_wikitext = [value for name in LARGE for value in loss(LARGE, name, "text_loss")]
-ppl = [*map(exp, held_out)]
-ppl_wikitext = [*map(exp, on_wikitext)]
+section("RESULTS.md", "At the paper's sizes")
+claim("for 500 steps: # tokens", LARGE["mat.0"]["tokens"])
 
-claim(
-    "perplexities of # / # / # at 12 / 8 / 4 heads, beside #, # and # of MLA models",
-    *(both[0] for both in PAPER.values()),
-    *(both[1] for both in PAPER.values()),
-)
-claim("FineWeb-Edu: #, # and #% behind", *PAPER_BEHIND)
-claim("Here are # parameters", LARGE["matmla"]["parameters"])
-claim("(MLA with 8 and 4 heads: # and #)", LARGE["mla8"]["parameters"], LARGE["mla4"]["parameters"])
-claim(
-    "after # tokens, drawn from 308M different ones, each read # times",
-    LARGE["matmla"]["tokens"],
-    LARGE["matmla"]["tokens"] / 308e6,
-)
-row("held-out loss", *held_out)
-row("perplexity", *ppl)
-row("perplexity of WikiText-103", *ppl_wikitext)
+
+def of_large(name, *theirs):
+    """A row of the table for one model: what it cost, what came out, and the paper's."""
+    run = LARGE[f"{name}.0"]
+    cost = run["parameters"], run["flops"], run["tokens_per_second"], 100 * run["mfu"]
+    return *cost, run["memory"] / 2**30, *loss(LARGE, name), *perplexity(LARGE, name), *theirs
+
+
+row("MLA | 12", *of_large("mla12", PAPER[12][1]))
+row("MLA | 8", PAPER[8][1])
+row("MLA | 4", *of_large("mla4", PAPER[4][1]))
+row("**MatMLA**, the default 3:2:1 | 12 / 8 / 4", *of_large("mat"))
 row(
-    "loss on the last ten batches of the log",
-    *(fmean([line["loss"] for line in log if "loss" in line][-10:]) for log in logs.values()),
+    "MatMLA, the paper's `layers` 3:2:1 | 12 / 8 / 4",
+    *of_large("layers", *(both[0] for both in PAPER.values())),
 )
-row("cache, bytes per token", *(run["cache_bytes"] for run in LARGE.values()))
-row("training FLOPs", *(run["flops"] for run in LARGE.values()))
-row(
-    "tokens per second, MFU",
-    *(value for run in LARGE.values() for value in (run["tokens_per_second"], 100 * run["mfu"])),
-)
-row("peak memory", *(run["memory"] / 2**30 for run in LARGE.values()))
+claim("beats the paper's** by #, # and #%", *below(*ours))
+mla = perplexity(LARGE, "mla12") + perplexity(LARGE, "mla4")
+claim("one MatMLA is #% behind at 12 heads and #% at 4", *above(ours[0][::2], mla))
+claim("in the paper it is # and #% behind", *above(ours[1][::2], mla))
+claim("the paper reports #, # and #% at 12, 8 and 4", *PAPER_BEHIND)
 
-behind = above(ppl[3:], ppl[:3])
+BEFORE = read("paper_scale/report.json")
+for name, run in BEFORE.items():
+    log = read(f"paper_scale/{name}/metrics.jsonl")
+    assert log[-1]["final"].items() <= run.items(), name
+mla = [loss(BEFORE, f"mla{m}")[0] for m in (12, 8, 4)]
+claim("An earlier run, # parameters", BEFORE["matmla"]["parameters"])
+claim("`paper_scale/`), # tokens of the same text", BEFORE["matmla"]["tokens"])
+assert BEFORE["matmla"]["flops"] == BEFORE["mla8"]["flops"]
+behind = above(perplexity(BEFORE, "matmla"), map(exp, mla))
+on_wikitext = above(
+    perplexity(BEFORE, "matmla", "text_loss"),
+    [perplexity(BEFORE, f"mla{m}", "text_loss")[0] for m in (12, 8, 4)],
+)
 claim(
-    "MatMLA's perplexity is #% above MLA's with 12 heads, #% above with 8 and #% *below* with 4",
+    "MLA with 12, 8 and 4 heads ends at #, # and #, MatMLA, for the operations of MLA with 8, at "
+    "# / # / #: #% and #% of perplexity behind, and #% ahead",
+    *mla,
+    *loss(BEFORE, "matmla"),
     *behind[:2],
     -behind[2],
 )
 claim(
-    "on WikiText #% above, #% below, #% below",
-    *above(ppl_wikitext[3:4], ppl_wikitext[:1]),
-    *below(ppl_wikitext[4:], ppl_wikitext[1:3]),
+    "may share articles, #% behind, #% and #% ahead",
+    *on_wikitext[:1],
+    *(-percent for percent in on_wikitext[1:]),
 )
-claim(
-    "Going from 12 heads to 4 costs an MLA #%, MatMLA #%",
-    *above([ppl[2], ppl[5]], [ppl[0], ppl[3]]),
-)
-claim("one model is within #% of three", behind[0])
-assert LARGE["matmla"]["flops"] == LARGE["mla8"]["flops"]
-claim("differ by up to # in loss, so #% of perplexity may be chance", apart, behind[1])
-claim("may be chance and #% hardly; # tokens", behind[0], LARGE["matmla"]["tokens"])
 
 LESS_TEXT = read("paper_scale_78m.json")
 OVERFITTING = read("overfitting_control.json")
@@ -280,11 +284,7 @@ on_batches = {
 }
 assert min(on_batches, key=on_batches.get) == "mla12"
 ahead = below(perplexity(LESS_TEXT, "matmla"), perplexity(LESS_TEXT, "mla") * 3)
-claim(
-    "drew # tokens from only 78M, each # times",
-    LESS_TEXT["matmla"]["tokens"],
-    LESS_TEXT["matmla"]["tokens"] / 78e6,
-)
+claim("drew # tokens from only 78M", LESS_TEXT["matmla"]["tokens"])
 claim("MatMLA ended # to #% of perplexity *ahead*", min(ahead), max(ahead))
 claim(
     "MLA with 12, 8 and 4 heads ends at #, # and # on held-out text (standard deviations # to #)",
@@ -566,7 +566,7 @@ claim(
     *(decoding("matmla", m, kind="prefill / MHA's")[3] for m in (12, 8, 4)),
 )
 claim(
-    "a step at 4 heads reads #% of the paper preset's weights, or #% of them as `decode.py` joins",
+    "A step at 4 heads reads #% of the paper preset's weights, or #% of them as `decode.py` joins",
     100 * share_read(False),
     100 * share_read(True),
 )
@@ -593,15 +593,26 @@ row(
     "20 layers of the paper's width, 1,024 tokens, micro-batch 48 of 480",
     *before_and_now("paper48"),
 )
+*_, alone, accumulated = read_table("beside_nanogpt.log")
+theirs, ours_12 = ([float(row[i].replace(",", "")) for row in (alone, accumulated)] for i in (2, 3))
+claim(
+    "trains at # of nanoGPT's tokens per second, # and #",
+    ours_12[1] / theirs[1],
+    ours_12[1],
+    theirs[1],
+)
+claim("If a step is one pass it is #", ours_12[0] / theirs[0])
+
+
+def optimizer_ms(speeds):
+    """Of a step, from tokens per second with 1 pass of 12 x 1,024 tokens and with 40."""
+    once, each = (12 * 1024 / speed for speed in speeds)
+    return (once - each) / (1 - 1 / 40) * 1e3
+
+
+claim("optimizer takes about # ms here and # there", optimizer_ms(ours_12), optimizer_ms(theirs))
 one, two = (run["tokens_per_second"] for run in read("two_gpus.json").values())
 claim("# and # tokens per second, # times as many", one, two, two / one)
-
-beside = [run["ratio"] for run in read("beside_transformers.jsonl")]
-one, eight = [sorted(run[batch] for run in beside) for batch in ("1", "8")]
-claim(
-    "A step takes # times as long there with one sequence, # to # with eight",
-    *(fmean(one), eight[0], eight[-1]),
-)
 
 steps = {  # for each length of the cache, the relative times of llama.cpp and of transformers
     length: [line[4:] for line in read_table("beside_llama_cpp.log") if line[0] == length]
@@ -611,6 +622,21 @@ short, long = (sorted(float(theirs) for theirs, _ in steps[length]) for length i
 claim("after 256 tokens takes # to # of ours there, after 2,048 tokens # to #", *short, *long)
 short, long = (sorted(float(theirs) for _, theirs in steps[length]) for length in steps)
 claim("transformers takes # to # and # of ours", *short, fmean(long))
+
+PROMPTS = read("prompts.json")["rows"]
+one_prompt, many = PROMPTS[::2], PROMPTS[1::2]
+claim(
+    "takes # ms with MHA, # with MatMLA at 12 heads and # at 4",
+    *(row["eager_ms"] for row in one_prompt),
+)
+claim("with compiled blocks #, # and #", *(row["compiled_ms"] for row in one_prompt))
+claim(
+    "prompts of 4,096 take #, # and # ms, compiled #, # and #",
+    *(row["eager_ms"] for row in many),
+    *(row["compiled_ms"] for row in many),
+)
+first = [row["first_s"] for row in PROMPTS]
+claim("Compiling takes # to # s", min(first), max(first))
 
 section("RESULTS.md", "TransMLA")
 printed = read_table("transmla_smollm2.log")
@@ -633,25 +659,64 @@ row("d_c, d_R", *(int(width) for widths in in_order for width in widths.split())
 row("cache, bytes per token", *(size for size, _ in columns))
 row("perplexity", *(mean for _, mean in columns))
 
-HEALED = read("heal_smollm2.json")
+CONTROL = read("control_smollm2.json")
 
 
-def healed(name):
-    """Bytes per token, and perplexity before and after."""
-    before = perplexity(HEALED, name, "val_loss_before")
-    return HEALED[name]["cache_bytes"], *before, *perplexity(HEALED, name)
+def trained(name):
+    """Of a model of the control: parameters, bytes per token, and loss and perplexity."""
+    run = CONTROL[f"{name}.0"]
+    before, after = loss(CONTROL, name, "val_loss_before")[0], loss(CONTROL, name)[0]
+    spread = [distance(CONTROL, name) / 2] if f"{name}.1" in CONTROL else []
+    sizes = run["parameters"], run["cache_bytes"]
+    return *sizes, before, exp(before), after, *spread, exp(after)
 
 
-claim("# tokens of Wikipedia", HEALED["exact"]["tokens"])
-row("MLA, exact | 9", *healed("exact"))
-row("MLA, d_c 128 and d_R 128 | 9", *healed("small"))
-row("MatMLA | 9 / 6 / 3", *healed("matmla"))
-exact = perplexity(HEALED, "exact")
-claim("a third less cache costs #%", *above(perplexity(HEALED, "small"), exact))
+claim("on the same batches: # tokens of Wikipedia", CONTROL["mla.0"]["tokens"])
+row("GQA, `--init out/exact/gqa/checkpoint.pt` | all", *trained("gqa"))
+row("exact MLA | all", *trained("mla"))
+row("exact MLA, `--only W_DKV,W_KR,W_UK,W_UV` | keys and values", *trained("mla_kv"))
+row("an ordinary MLA, `--deepseek` (one seed) | all", *trained("deepseek"))
+gqa = perplexity(CONTROL, "gqa")
+claim("the MLA ends #% of perplexity *behind* the GQA", *above(perplexity(CONTROL, "mla"), gqa))
 claim(
-    "and MatMLA #% at nine heads, #% at six and #% at three",
-    *above(perplexity(HEALED, "matmla"), exact * 3),
+    "with #% more weights and # times the operations",
+    *above([CONTROL["mla.0"]["parameters"]], [CONTROL["gqa.0"]["parameters"]]),
+    CONTROL["mla.0"]["flops"] / CONTROL["gqa.0"]["flops"],
 )
+before = [perplexity(CONTROL, name, "val_loss_before")[0] for name in ("deepseek", "gqa")]
+claim("loses #% at conversion", 100 * (before[0] / before[1] - 1))
+claim("and is #% behind the GQA after training", *above(perplexity(CONTROL, "deepseek"), gqa))
+
+wide = {}  # for each shape, GB/s of `attend` and how many times as fast the others are
+for line in (HERE / "wide_rows.log").read_text("utf-8").splitlines():
+    if "attend" in line:
+        shape = line.split(":")[0]
+        wide[shape] = [float(line.split()[-2])]
+    else:
+        wide[shape].append(float(re.search(r"x([\d.]+)", line)[1]))
+wide = [wide[f"h 9 w 384/192 {shape}"] for shape in ("64x8192", "16x4096", "1x16384")]
+claim(
+    "at # GB/s with 64 × 8,192 tokens, # with 16 × 4,096 and # with 1 × 16,384",
+    *(first for first, *_ in wide),
+)
+claim("settings of flash decoding is #, # and # times as fast", *(max(x) for _, *x in wide))
+
+HEALED = read("heal_smollm2.json")
+before, after = (
+    [value for name in ("exact", "small", "matmla") for value in perplexity(HEALED, name, kind)]
+    for kind in ("val_loss_before", "val_loss")
+)
+claim("on other articles (# tokens", HEALED["exact"]["tokens"])
+claim("the exact MLA went from perplexity # to #", before[0], after[0])
+claim(
+    "for # bytes, from # to #, #% more",
+    HEALED["small"]["cache_bytes"],
+    before[1],
+    after[1],
+    100 * (after[1] / after[0] - 1),
+)
+claim("and the MatMLA from # / # / # at 9 / 6 / 3 heads to # / # / #", *before[2:], *after[2:])
+claim("which is #%, #% and #% more", *above(after[2:], after[:1] * 3))
 
 # TEACHING.md
 

@@ -1,0 +1,80 @@
+"""Reading a latent cache of wide rows on a GPU: `attend`, and flash decoding in several ways.
+
+PYTHONPATH=. python assets/wide_rows.py
+
+decode.py has flash decoding for rows of up to 256 numbers. For wider ones the tiles of its kernel
+fill the memory of a multiprocessor. A line says how large a tile is, how many are loaded ahead
+(stages), how many warps share one, and how many times as fast as `attend` it is.
+"""
+
+import itertools
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from bench_cache import seconds
+from decode import capture_graph
+from matmla import attend
+
+DEVICE = torch.device("cuda", 0)
+WIDTHS = (9, 384, 192), (16, 576, 512)  # heads, d_c + d_R, d_c
+SHAPES = (64, 8192), (16, 4096), (1, 16384), (1, 2048)
+WAYS = (64, 1, 4), (64, 1, 8), (32, 2, 4), (32, 1, 4), (16, 2, 4), (64, 2, 8), (64, 3, 4)
+
+
+def flash(q, k, v, positions, scale, tile, stages, warps):
+    """`attend_one` of decode.py with other sizes."""
+    B, S, g, _ = k.shape
+    blocks = torch.arange((S + 127) // 128, device=q.device)
+    mask = BlockMask.from_kv_blocks(
+        (positions // 128 + 1).int().view(1, 1, 1),
+        blocks.int().view(1, 1, 1, -1),
+        BLOCK_SIZE=128,
+        seq_lengths=(q.shape[2] // g, S),
+        mask_mod=lambda b, h, i, key: key <= positions[0],
+        compute_q_blocks=False,
+    )
+    parts = 2 * torch.cuda.get_device_properties().multi_processor_count // (B * g)
+    o = flex_attention(
+        q[:, 0].unflatten(1, (g, -1)),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        kernel_options={
+            "BLOCK_N": tile,
+            "num_warps": warps,
+            "num_stages": stages,
+            "SPLIT_KV": max(1, min(parts, S // tile)),
+        },
+    )
+    return o.flatten(1, 2)[:, None]
+
+
+def measure(read, *arguments):
+    """(seconds of one call, its result), compiled and as a CUDA graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(read, dynamic=False)
+    graph, result = capture_graph(lambda: compiled(*arguments), DEVICE)
+    return seconds(graph.replay), result
+
+
+for (h, w, w_v), (B, S) in itertools.product(WIDTHS, SHAPES):
+    torch.manual_seed(0)
+    rows = torch.randn(B, S, 1, w, device=DEVICE).bfloat16()
+    q = torch.randn(B, 1, h, w, device=DEVICE).bfloat16()
+    given = q, rows, rows[..., :w_v], torch.tensor([S - 1], device=DEVICE), w**-0.5
+    gigabytes = B * S * w * 2 / 1e9
+
+    first, right = measure(attend, *given)
+    print(f"h {h} w {w}/{w_v} {B}x{S}: attend {first * 1e6:.0f} us {gigabytes / first:.0f} GB/s")
+    for way in WAYS:
+        name = "   tile {} stages {} warps {}: ".format(*way)
+        try:
+            time, o = measure(flash, *given, *way)
+        except Exception as error:  # most likely the tile is too large
+            print(f"{name}{type(error).__name__}", flush=True)
+            continue
+        off = ((o.float() - right.float()).norm() / right.float().norm()).item()
+        speed = f"{time * 1e6:.0f} us {gigabytes / time:.0f} GB/s x{first / time:.2f}"
+        print(f"{name}{speed} off {off:.1e}", flush=True)
