@@ -82,7 +82,7 @@ table = Table()
 rows = []
 for micro_batch in (12, 48, 96):
     found = []
-    for build in (nanogpt, matmla):  # one after the other, for there is not memory for both
+    for build in (nanogpt, matmla):  # one after the other, memory does not hold both
         found.append(speeds(build(micro_batch), micro_batch))
         torch.compiler.reset()
         gc.collect()

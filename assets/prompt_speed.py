@@ -1,8 +1,9 @@
-"""A prompt on a GPU with blocks as they are and compiled, at the sizes of the paper preset.
+"""How long a prompt takes on a GPU, eager and compiled: the paper preset, random weights.
 
 PYTHONPATH=. python assets/prompt_speed.py
 
-The first call of compiled blocks also compiles them. The last line of output is the table as JSON.
+first_s is the first compiled call, which compiles and reads the prompt. The last line of output is
+the table as JSON.
 """
 
 import json
@@ -20,7 +21,7 @@ DEVICE = torch.device("cuda", 0)
 
 @torch.no_grad()
 def compare(attention, heads, batch, length):
-    """A row: ms of a prompt of `batch` sequences, eager and compiled, and seconds to compile."""
+    """A row: ms of a prompt of `batch` sequences, eager and compiled, and seconds of the first."""
     torch.compiler.reset()
     torch.manual_seed(0)
     config = replace(make_config(PRESETS["paper"]), attention=attention, context=length)

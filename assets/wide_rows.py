@@ -2,9 +2,9 @@
 
 PYTHONPATH=. python assets/wide_rows.py
 
-decode.py has flash decoding for rows of up to 256 numbers. For wider ones the tiles of its kernel
-fill the memory of a multiprocessor. A line says how large a tile is, how many are loaded ahead
-(stages), how many warps share one, and how many times as fast as `attend` it is.
+decode.py has flash decoding for rows of up to 256 numbers. For wider ones none of these ways is
+good at every size. A line says how large a tile is, how many are loaded ahead (stages), how many
+warps share one, how many times as fast as `attend` it is, and how far off its result.
 """
 
 import itertools
