@@ -284,12 +284,17 @@ def fill(model, weights, path):
         model.load_state_dict(weights)
 
 
-def load(path, device, content=None):
-    """(model, encoding) of a checkpoint, or of its content if that is read already."""
-    content = content or load_checkpoint(path, device)
+def model_of(content, path, device):
+    """The model of a checkpoint with this content."""
     model = make_model(make_config(content["config"]), content["model"]).to(device)
     fill(model, content["model"], path)
-    return model.eval(), get_encoding(content["encoding"])
+    return model.eval()
+
+
+def load(path, device):
+    """(model, encoding) of a checkpoint."""
+    content = load_checkpoint(path, device)
+    return model_of(content, path, device), get_encoding(content["encoding"])
 
 
 def load_run(folder, device):
@@ -299,7 +304,7 @@ def load_run(folder, device):
     """
     path = folder / "checkpoint.pt"
     content = load_checkpoint(path, device)
-    model, _ = load(path, device, content)
+    model = model_of(content, path, device)
     c = model.config
     settings = content["settings"]
     if "data" not in settings:

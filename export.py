@@ -134,7 +134,8 @@ def to_transformers(model, heads=None, end=None, vllm=False):
     latent = c.attention in ("mla", "matmla")
     if not latent and c.attention not in ("mha", "nested_mha", "gqa", "nested_gqa"):
         raise UserError(
-            f"cannot export {c.attention}: only DeepSeek-V3 has its latent, with a norm"
+            f"cannot export {c.attention}: it has biases, frequencies or norms of its own; "
+            "transmla.py --deepseek makes an ordinary MLA of a pretrained model"
         )
     with user_input():
         budgets = [m for (m,) in model.layer_heads(heads, 1)]

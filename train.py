@@ -134,7 +134,11 @@ def settings(argv=None):
     if start:
         parser.set_defaults(**start["settings" if early.resume else "config"])
     args = parser.parse_args(argv)
+    asked = args.budgets
     parser.run(complete, args)
+    if asked != args.budgets and asked != parser.get_default("budgets"):
+        nested = ", ".join(name for name in ATTENTION if ATTENTION[name].nested)
+        parser.error(f"{args.attention} has one number of heads; --budgets is for {nested}")
     parser.after_interrupt = f"\nto go on from the last checkpoint: --resume --out {args.out}\n"
     return parser, args
 
@@ -225,6 +229,22 @@ def micro_batches(args, step, rank=0, world=1):
                 yield sequences, m, weight * share / len(turns)
 
 
+def freeze(model, only):
+    """Let only the weights that `only` names, like W_UK,W_UV, be trained. UserError if none is so.
+
+    A name may be any part of a weight's full name, such as W_UK of blocks.0.attention.W_UK.weight.
+    """
+    names = set(only.split(","))
+    parts = {name: set(name.split(".")) for name, _ in model.named_parameters()}
+    unknown = names.difference(*parts.values())
+    if unknown:
+        raise UserError(f"--only {only}: no weight is named {' or '.join(sorted(unknown))!r}")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not names.isdisjoint(parts[name]))
+    if not any(p.requires_grad for p in model.blocks.parameters() if p.dim() == 2):
+        raise UserError(f"--only {only} names no matrix of the blocks")
+
+
 def flops_per_token(args):
     """Floating-point operations of one token in training, forward and backward, by torch's count.
 
@@ -232,8 +252,12 @@ def flops_per_token(args):
     In the long run budgets come by their shares, so the mean of theirs is that of any objective;
     `sum` has a pass for each.
     """
+    weights = args.start["model"] if args.start else {}
     with torch.device("meta"):  # tensors without data
-        model, tokens = GPT(make_config(vars(args))), torch.zeros(1, args.context, dtype=torch.long)
+        model = make_model(make_config(vars(args)), weights)
+        tokens = torch.zeros(1, args.context, dtype=torch.long)
+    if args.only:
+        freeze(model, args.only)
     costs = []
     for m in args.budgets:
         with FlopCounterMode(display=False) as counter:
@@ -355,11 +379,7 @@ def build(args, world):
     weights = args.start["model"] if args.start else {}
     model = make_model(make_config(vars(args)), weights).to(world.device)
     if args.only:
-        names = args.only.split(",")
-        for name, p in model.named_parameters():
-            p.requires_grad_(any(part in names for part in name.split(".")))
-        if not any(p.requires_grad for p in model.blocks.parameters() if p.dim() == 2):
-            raise UserError(f"--only {args.only} names no matrix of the blocks")
+        freeze(model, args.only)
     optimizers = make_optimizers(model)
     if args.start:
         if args.tie and not args.start["config"]["tie"]:

@@ -104,7 +104,8 @@ def layer_to_mla(old, gqa, c, heads, moment=None):
     if moment is not None:
         in_keys = torch.einsum("ri,ij,rj->", rest, moment, rest)
         in_values = torch.einsum("ri,ij,rj->", V, moment, V)
-        balance = (in_keys / in_values).clamp(min=1e-12) ** 0.5
+        least = 1e-12 * (in_keys + in_values) + 1e-300  # a layer may have nothing but zeros
+        balance = (in_keys.clamp(min=least) / in_values.clamp(min=least)) ** 0.5
         both = torch.cat((rest / balance, V))
         P = torch.linalg.eigh(both @ moment @ both.T).eigenvectors.flip(-1)
         P = P[:, : c.d_c]  # both ≈ P Pᵀ both
@@ -288,28 +289,37 @@ def plan(args, gqa, weights):
         d_R = args.d_R or gqa.d_h
         most = min(2 * full - d_R, gqa.d)
         widths = args.d_c or (most,)
+        least = 2  # one of them is the map to 1
     else:
         d_R = args.d_R or full
         most = 2 * full - d_R
         widths = args.d_c or (full,)
+        least = 1
     qk_norm = "qk_norm" in gqa.attention
     experts = "blocks.0.W_up.router.weight" in weights
     ordinary = gqa.rope_base ** (-torch.arange(0, gqa.d_h, 2) / gqa.d_h)
     scaled = not torch.allclose(weights["blocks.0.attention.frequencies"], ordinary)
     wrong = {
-        f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}": d_R % gqa.d_h or d_R > full,
-        f"d_c {widths} must be in 1..{most}": not 1 <= min(widths) <= max(widths) <= most,
-        f"QK-norm: d_R must be {full}, for keys cannot go into the latent": qk_norm and d_R < full,
-        f"--deepseek: d_R must be {gqa.d_h}": args.deepseek and d_R != gqa.d_h,
         "--deepseek: an ordinary MLA has no QK-norm": args.deepseek and qk_norm,
         "--deepseek: an ordinary MLA has no experts": args.deepseek and experts,
         "--deepseek: an ordinary MLA has no RoPE scaling": args.deepseek and scaled,
+        f"--deepseek: d_R must be {gqa.d_h}": args.deepseek and d_R != gqa.d_h,
+        f"QK-norm: d_R must be {full}, for keys cannot go into the latent": qk_norm and d_R < full,
+        f"d_R {d_R} must be a multiple of {gqa.d_h} up to {full}": d_R % gqa.d_h or d_R > full,
+        f"d_c {widths} must be in {least}..{most}": not least <= min(widths) <= max(widths) <= most,
     }
     for words in wrong:
         if wrong[words]:
             raise UserError(words)
     other = replace(exact, attention=attention, d_R=d_R, norm_eps=norm_eps)
     return [exact, *(replace(other, d_c=d_c) for d_c in widths)]
+
+
+def spare_runs(out):
+    """UserError if a model was trained in this folder, or in gqa in it: it would be lost."""
+    for log in out / "metrics.jsonl", out / "gqa" / "metrics.jsonl":
+        if log.exists() and log.stat().st_size:
+            raise UserError(f"{log.parent} has a trained run: choose another --out")
 
 
 def write(path, config, weights, encoding):
@@ -331,6 +341,7 @@ def write(path, config, weights, encoding):
 @torch.no_grad()
 def transmla(args):
     """Read, plan, calibrate, convert exactly and check that, convert further, measure, save."""
+    spare_runs(args.out)
     device = pick_device(args.device)
     theirs, encoding = read_pretrained(args.model)
     gqa, old = to_gqa(theirs)
@@ -365,9 +376,11 @@ def transmla(args):
         for row in measure(c, new, text):
             table.add(row)
 
-    if args.keep_gqa:
-        write(args.out / "gqa" / "checkpoint.pt", gqa, old, encoding)
     write(args.out / "checkpoint.pt", configs[-1], new, encoding)
+    before = args.out / "gqa" / "checkpoint.pt"
+    before.unlink(missing_ok=True)  # it may be of another model
+    if args.keep_gqa:
+        write(before, gqa, old, encoding)
 
 
 def main():

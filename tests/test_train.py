@@ -279,7 +279,16 @@ def test_only_the_weights_that_are_named_are_trained(finished):
     before, after = saved("out")["model"], saved("only")["model"]
     moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
     assert moved == {f"blocks.{i}.attention.{W}.weight" for i in (0, 1) for W in ("W_DKV", "W_UK")}
+    cost, cost_of_all = (log_of(out)[-1]["final"] for out in ("only", "out"))
+    assert cost["flops"] / cost["tokens"] < 0.9 * cost_of_all["flops"] / cost_of_all["tokens"]
     run("--resume", "--out", "only", "--steps", "3")
+
+
+def test_a_run_without_a_tokenizer_can_be_measured(finished):
+    Path("numbers").mkdir()
+    torch.save(saved("out") | {"encoding": None}, "numbers/checkpoint.pt")
+    _, held_out, _ = common.load_run(Path("numbers"), "cpu")
+    assert held_out.tolist() == TOKENS[18_000:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -472,7 +481,10 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_and_runs_no_code(finished):
         ({}, "--attention nested_gqa --budgets 12,3", ["(12, 3)", "[2, 4, 6, 8, 10, 12]"]),
         ({}, "--d-R 5", ["5", "even"]),
         ({}, "--shares 1,2", ["(1, 2)", "3"]),
-        ({}, "--only W_K,norm", ["--only W_K,norm", "no matrix"]),
+        ({}, "--attention mla --budgets 12,4", ["mla has one number", "matmla"]),
+        ({}, "--only norm_KV", ["--only norm_KV", "no matrix"]),
+        ({}, "--only W_DKV,W_TYPO", ["W_TYPO"]),
+        ({}, "--only W_DKV,", ["no weight"]),
         ({}, "--device abacus", ["abacus"]),
         ({}, "--tokenizer nothing/here", ["nothing/here"]),
         ({}, "--resume --out no", ["no/checkp"]),

@@ -393,6 +393,7 @@ def test_what_a_gguf_says_and_transformers_drops_is_refused(
         ("in 1..20", "--d-R 4 --d-c 9,21"),
         ("budgets (7, 3)", "--budgets 7,3"),
         ("--deepseek: d_R must be 4", "--deepseek --d-R 8"),
+        ("in 2..20", "--deepseek --d-c 1"),
     ],
 )
 def test_flags_that_cannot_be(words, flags, original, says, refuses):
@@ -403,7 +404,7 @@ def test_flags_that_cannot_be(words, flags, original, says, refuses):
     "words, flags, family, sizes",
     [
         ("keys cannot go into the latent", "--d-R 4", "Qwen3", {}),
-        ("no QK-norm", "--deepseek", "Qwen3", dict(num_key_value_heads=1)),
+        ("no QK-norm", "--deepseek", "Qwen3", {}),
         ("no experts", "--deepseek", "Mixtral", {}),
         ("no RoPE scaling", "--deepseek", "Llama", dict(rope_parameters=LINEAR)),
         ("has no tokenizer", "--budgets 6,3", "Llama", {}),
@@ -471,6 +472,30 @@ def test_without_a_tokenizer_a_checkpoint_says_the_same(family, tmp_path, says):
     assert saved["encoding"] is None
     ours = transmla.build(Config(**saved["config"]), saved["model"])
     assert error(ours(TOKENS)[0], theirs(TOKENS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("flags", ["--d-R 4", "--deepseek"])
+@pytest.mark.parametrize("name", ["v_proj", "k_proj"])
+def test_a_layer_of_zeros_leaves_no_nan(name, flags, original, says):
+    getattr(original.model.layers[0].self_attn, name).weight.data[:] = 0
+    original.save_pretrained("model")
+    says(transmla, FLAGS + flags)
+    assert all(W.isfinite().all() for W in common.load_checkpoint(OUT)["model"].values())
+
+
+def test_a_trained_run_is_not_overwritten_and_no_gqa_of_another_model_stays(
+    original, says, refuses
+):
+    gqa = OUT.parent / "gqa"
+    says(transmla, FLAGS + "--keep-gqa")
+    says(transmla, FLAGS)
+    assert not (gqa / "checkpoint.pt").exists()
+    for folder in OUT.parent, gqa:
+        before = OUT.read_bytes()
+        (folder / "metrics.jsonl").write_text("{}")
+        refuses([f"{folder} has a trained run"], says, transmla, FLAGS)
+        assert OUT.read_bytes() == before
+        (folder / "metrics.jsonl").unlink()
 
 
 def test_for_deepseek_an_ordinary_mla_is_saved_which_a_server_gets(original, says):
