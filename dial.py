@@ -122,15 +122,16 @@ def draw_heads(runs, path):
 def compare(folders, out, count):
     """Measure finished runs, print the table of their dials, draw their figures."""
     device = pick_device("auto")
+    runs = read_runs(folders)
+    loaded = [load_run(run.folder, device) for run in runs]
+    texts = {f"{text} in windows of {model.config.context} tokens" for model, _, text in loaded}
+    if len(texts) > 1:
+        raise UserError(f"cannot compare runs on different texts: {', '.join(sorted(texts))}")
+
     table = Table()
-    texts = set()
     dials = {}
     heads = {}
-    for run in read_runs(folders):
-        model, tokens, text = load_run(run.folder, device)
-        texts.add(f"{text} in windows of {model.config.context} tokens")
-        if len(texts) > 1:
-            raise UserError(f"cannot compare runs on different texts: {', '.join(sorted(texts))}")
+    for run, (model, tokens, _) in zip(runs, loaded):
         if device.type == "cuda":
             model.residual_dtype = torch.bfloat16  # as in training
 
