@@ -698,6 +698,22 @@ before = [perplexity(CONTROL, name, "val_loss_before")[0] for name in ("deepseek
 claim("loses #% at conversion", 100 * (before[0] / before[1] - 1))
 claim("and is #% behind the GQA after training", *above(perplexity(CONTROL, "deepseek"), gqa))
 
+TINY_CONTROL = read("control_tiny.json")
+
+
+def both_seeds(name):
+    return [TINY_CONTROL[f"{name}.{seed}"]["val_loss"]["12"] for seed in (0, 1)]
+
+
+claim(
+    "ends at # and # with seeds 0 and 1 and `--lr 0.002 --lr-adamw 0.0012`, as MLA at # and #; at "
+    "0.005 and 0.003 at # and #, as MLA at # and #",
+    *both_seeds("gqa-0.002"),
+    *both_seeds("mla-0.002"),
+    *both_seeds("gqa-0.005"),
+    *both_seeds("mla-0.005"),
+)
+
 wide = {}  # for each shape, GB/s of `attend` and how many times as fast the others are
 for line in (HERE / "wide_rows.log").read_text("utf-8").splitlines():
     if "attend" in line:
@@ -727,7 +743,7 @@ claim(
     100 * (after[1] / after[0] - 1),
 )
 claim("and the MatMLA from # / # / # at 9 / 6 / 3 heads to # / # / #", *before[2:], *after[2:])
-claim("which is #%, #% and #% more", *above(after[2:], after[:1] * 3))
+claim("21.38: #%, #% and #% more", *above(after[2:], after[:1] * 3))
 
 # TEACHING.md
 
