@@ -32,35 +32,44 @@ def attend_one(q, k, v, positions, scale):
     if not torch.compiler.is_compiling() or not possible or (B * g == 1 and S <= 4096):
         return attend(q, k, v, positions, scale)
 
-    # Keys are read in blocks of 128, up to the block in which the token itself stands.
-    blocks = torch.arange((S + 127) // 128, device=q.device)
-    mask = BlockMask.from_kv_blocks(
-        (positions // 128 + 1).int().view(1, 1, 1),
-        blocks.int().view(1, 1, 1, -1),
-        BLOCK_SIZE=128,
-        seq_lengths=(q.shape[2] // g, S),
-        mask_mod=lambda b, h, i, key: key <= positions[0],
-        compute_q_blocks=False,
-    )
-
     # The chip has room for some tiles of 64 keys and their values, of which it loads up to three
     # ahead. Each of its multiprocessors gets two pieces of the keys, of at least one tile.
     chip = torch.cuda.get_device_properties()
     tile = 2 * 2 * 64 * (1 << (w - 1).bit_length())  # bytes
-    o = flex_attention(
-        q[:, 0].unflatten(1, (g, -1)),  # [B,g,h/g,w]: heads that share keys, in place of tokens
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        block_mask=mask,
-        scale=scale,
-        kernel_options={
+    return flash(
+        q,
+        k,
+        v,
+        positions,
+        scale,
+        options={
             "BLOCK_N": 64,
             "num_warps": 4,
             "num_stages": max(1, min(3, chip.shared_memory_per_block_optin // tile)),
             "SPLIT_KV": max(1, min(2 * chip.multi_processor_count // (B * g), S // 64)),
         },
     )
-    return o.flatten(1, 2)[:, None]  # [B,1,h,w_v]
+
+
+def flash(q, k, v, positions, scale, options):
+    """`attend_one` by FlexAttention, with these options for its kernel."""
+    _, S, g, _ = k.shape
+    mask = BlockMask.from_kv_blocks(  # blocks of 128 keys, up to that in which the token stands
+        (positions // 128 + 1).int().view(1, 1, 1),
+        torch.arange((S + 127) // 128, device=q.device).int().view(1, 1, 1, -1),
+        BLOCK_SIZE=128,
+        seq_lengths=(q.shape[2] // g, S),
+        mask_mod=lambda b, h, i, key: key <= positions[0],
+        compute_q_blocks=False,
+    )
+    return flex_attention(
+        q[:, 0].unflatten(1, (g, -1)),  # [B,g,h/g,w]: heads that share keys, in place of tokens
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        kernel_options=options,
+    ).flatten(1, 2)[:, None]  # [B,1,h,w_v]
 
 
 def normed_linear(x, W_g, eps):
@@ -81,8 +90,7 @@ class Joined:
     """
 
     def __init__(self, block):
-        a = block.attention
-        self.attention = a
+        a = self.attention = block.attention
         self.eps = a.norm_Q.eps
 
         def per_head(linear):

@@ -245,6 +245,14 @@ def freeze(model, only):
         raise UserError(f"--only {only} names no matrix of the blocks")
 
 
+def model_to_train(args):
+    """The model of a run, before it gets the weights of a checkpoint."""
+    model = make_model(make_config(vars(args)), args.start["model"] if args.start else {})
+    if args.only:
+        freeze(model, args.only)
+    return model
+
+
 def flops_per_token(args):
     """Floating-point operations of one token in training, forward and backward, by torch's count.
 
@@ -252,12 +260,9 @@ def flops_per_token(args):
     In the long run budgets come by their shares, so the mean of theirs is that of any objective;
     `sum` has a pass for each.
     """
-    weights = args.start["model"] if args.start else {}
     with torch.device("meta"):  # tensors without data
-        model = make_model(make_config(vars(args)), weights)
+        model = model_to_train(args)
         tokens = torch.zeros(1, args.context, dtype=torch.long)
-    if args.only:
-        freeze(model, args.only)
     costs = []
     for m in args.budgets:
         with FlopCounterMode(display=False) as counter:
@@ -376,15 +381,12 @@ def build(args, world):
     """(model, its optimizers, what runs a pass), with the weights that the run starts from."""
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # what stays in float32 may use tf32
-    weights = args.start["model"] if args.start else {}
-    model = make_model(make_config(vars(args)), weights).to(world.device)
-    if args.only:
-        freeze(model, args.only)
+    model = model_to_train(args).to(world.device)
     optimizers = make_optimizers(model)
     if args.start:
         if args.tie and not args.start["config"]["tie"]:
             raise UserError(f"{args.init} has two embeddings, and --tie would lose one of them")
-        fill(model, weights, args.init or args.out / "checkpoint.pt")
+        fill(model, args.start["model"], args.init or args.out / "checkpoint.pt")
 
     run = run_pass
     cuda = world.device.type == "cuda"
@@ -434,7 +436,6 @@ class Run:
         self.args, self.world = args, world
         self.model, self.optimizers, self.run_pass = build(args, world)
         self.step, log, seconds = restore(args, self.optimizers, world)
-        self.saved = -1  # the step that was saved last
         self.tokens, self.held_out, self.data = load_data(args, world)
         self.book = Logbook(args, log, seconds, self.step, world.first)
 
@@ -495,7 +496,6 @@ class Run:
                 log=self.book.entries,
                 data=self.data,
             )
-        self.saved = self.step
 
     def summary(self):
         """The last line of a finished run's log, a dict."""
@@ -541,7 +541,7 @@ def train(args):
             if run.step % args.eval_every == 0 or run.step == args.steps:
                 run.measure()
             if sigterm and run.step < args.steps:
-                if run.saved < run.step:
+                if run.step % args.eval_every:  # else it has just been saved
                     run.save()
                 if world.first:
                     again = f"to go on: --resume --out {args.out}"

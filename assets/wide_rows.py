@@ -10,45 +10,16 @@ warps share one, how many times as fast as `attend` it is, and how far off its r
 import itertools
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench_cache import seconds
-from decode import capture_graph
+from decode import capture_graph, flash
 from matmla import attend
 
 DEVICE = torch.device("cuda", 0)
+CHIP = torch.cuda.get_device_properties(DEVICE)
 WIDTHS = (9, 384, 192), (16, 576, 512)  # heads, d_c + d_R, d_c
 SHAPES = (64, 8192), (16, 4096), (1, 16384), (1, 2048)
 WAYS = (64, 1, 4), (64, 1, 8), (32, 2, 4), (32, 1, 4), (16, 2, 4), (64, 2, 8), (64, 3, 4)
-
-
-def flash(q, k, v, positions, scale, tile, stages, warps):
-    """`attend_one` of decode.py with other sizes."""
-    B, S, g, _ = k.shape
-    blocks = torch.arange((S + 127) // 128, device=q.device)
-    mask = BlockMask.from_kv_blocks(
-        (positions // 128 + 1).int().view(1, 1, 1),
-        blocks.int().view(1, 1, 1, -1),
-        BLOCK_SIZE=128,
-        seq_lengths=(q.shape[2] // g, S),
-        mask_mod=lambda b, h, i, key: key <= positions[0],
-        compute_q_blocks=False,
-    )
-    parts = 2 * torch.cuda.get_device_properties().multi_processor_count // (B * g)
-    o = flex_attention(
-        q[:, 0].unflatten(1, (g, -1)),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        block_mask=mask,
-        scale=scale,
-        kernel_options={
-            "BLOCK_N": tile,
-            "num_warps": warps,
-            "num_stages": stages,
-            "SPLIT_KV": max(1, min(parts, S // tile)),
-        },
-    )
-    return o.flatten(1, 2)[:, None]
 
 
 def measure(read, *arguments):
@@ -68,10 +39,16 @@ for (h, w, w_v), (B, S) in itertools.product(WIDTHS, SHAPES):
 
     first, right = measure(attend, *given)
     print(f"h {h} w {w}/{w_v} {B}x{S}: attend {first * 1e6:.0f} us {gigabytes / first:.0f} GB/s")
-    for way in WAYS:
-        name = "   tile {} stages {} warps {}: ".format(*way)
+    for tile, stages, warps in WAYS:
+        name = f"   tile {tile} stages {stages} warps {warps}: "
+        options = {
+            "BLOCK_N": tile,
+            "num_warps": warps,
+            "num_stages": stages,
+            "SPLIT_KV": max(1, min(2 * CHIP.multi_processor_count // B, S // tile)),
+        }
         try:
-            time, o = measure(flash, *given, *way)
+            time, o = measure(flash, *given, options)
         except Exception as error:  # most likely the tile is too large
             print(f"{name}{type(error).__name__}", flush=True)
             continue
