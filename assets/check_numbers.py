@@ -179,18 +179,10 @@ claim("DeepSeek-V3 leaves # bytes", SIZES["published"]["DeepSeek-V3"]["bytes mea
 
 section("README.md", "The paper, and what we do otherwise")
 ours = perplexity(LARGE, "mat"), perplexity(LARGE, "layers")
-mla = {m: perplexity(LARGE, f"mla{m}") for m in (12, 4)}
-row(
-    "12",
-    *PAPER[12],
-    PAPER_BEHIND[0],
-    ours[0][0],
-    *mla[12],
-    *above(ours[0][:1], mla[12]),
-    ours[1][0],
-)
-row("8", *PAPER[8], PAPER_BEHIND[1], ours[0][1], ours[1][1])
-row("4", *PAPER[4], PAPER_BEHIND[2], ours[0][2], *mla[4], *above(ours[0][2:], mla[4]), ours[1][2])
+mla = [perplexity(LARGE, f"mla{m}")[0] for m in PAPER]
+columns = *ours[:1], mla, above(ours[0], mla), ours[1]
+for (m, paper), behind, *numbers in zip(PAPER.items(), PAPER_BEHIND, *columns, strict=True):
+    row(str(m), *paper, behind, *numbers)
 claim("Ours, after # tokens of other text", LARGE["mat.0"]["tokens"])
 claim("It is #, # and #% of perplexity better", *below(*ours))
 claim("with 30M parameters #, # and #%, where", *below(DEFAULT, best("layers")))
@@ -233,26 +225,30 @@ def of_large(name, *theirs):
     """A row of the table for one model: what it cost, what came out, and the paper's."""
     run = LARGE[f"{name}.0"]
     cost = run["parameters"], run["flops"], run["tokens_per_second"], 100 * run["mfu"]
-    return *cost, run["memory"] / 2**30, *loss(LARGE, name), *perplexity(LARGE, name), *theirs
+    losses = loss(LARGE, name)
+    if len(seeds(LARGE, name)) > 1:
+        losses.append(distance(LARGE, name) / 2)
+    return *cost, run["memory"] / 2**30, *losses, *perplexity(LARGE, name), *theirs
 
 
-row("MLA | 12", *of_large("mla12", PAPER[12][1]))
-row("MLA | 8", PAPER[8][1])
-row("MLA | 4", *of_large("mla4", PAPER[4][1]))
+for m in PAPER:
+    row(f"MLA | {m}", *of_large(f"mla{m}", PAPER[m][1]))
 row("**MatMLA**, the default 3:2:1 | 12 / 8 / 4", *of_large("mat"))
 row(
     "MatMLA, the paper's `layers` 3:2:1 | 12 / 8 / 4",
     *of_large("layers", *(both[0] for both in PAPER.values())),
 )
-claim("in this one run, by #, # and #%", *below(*ours))
+claim("beats the paper's** by #, # and #% of perplexity", *below(*ours))
 
 
 def apart_after(step, worse, better):
-    """By how much one model's loss at 12 heads was higher than another's after so many steps."""
-    logs = (read(f"paper/{name}.0.jsonl") for name in (worse, better))
-    looks = ([x for x in log if "val_loss" in x and x["step"] == step] for log in logs)
-    first, second = (found[0]["val_loss"]["12"] for found in looks)
-    return first - second
+    """How much higher the mean loss of one model was than another's, at 12 heads, at a step."""
+    means = []
+    for name in worse, better:
+        logs = (read(f"paper/{run}.jsonl") for run in LARGE if run.startswith(f"{name}."))
+        looks = [x for log in logs for x in log if "val_loss" in x and x["step"] == step]
+        means.append(fmean(look["val_loss"]["12"] for look in looks))
+    return means[0] - means[1]
 
 
 claim(
@@ -265,9 +261,15 @@ claim(
     apart_after(300, "mat", "mla12"),
     apart_after(500, "mat", "mla12"),
 )
-mla = perplexity(LARGE, "mla12") + perplexity(LARGE, "mla4")
-claim("one MatMLA is #% behind at 12 heads and #% at 4", *above(ours[0][::2], mla))
-claim("and all else ours, it is # and #% behind", *above(ours[1][::2], mla))
+claim("one MatMLA is #% behind at 12 heads, #% at 8 and #% at 4", *above(ours[0], mla))
+claim("and all else ours, it is #, # and #% behind", *above(ours[1], mla))
+claim("An MLA with 12 is, by #%", *below(mla[:1], mla[1:2]))
+cost = [[LARGE[f"{name}.0"]["flops"]] for name in ("mla8", "mat")]
+claim("takes #% fewer operations than one MatMLA", *below(*cost))
+assert mla[1] < min(ours[0])
+for words, name in ("of MatMLA differ", "mat"), ("of the paper's draws", "layers"):
+    first, second = (run["val_loss"]["12"] for run in seeds(LARGE, name))
+    claim(f"{words} by #", abs(first - second))
 claim("the paper reports #, # and #%.", *PAPER_BEHIND)
 
 BEFORE = read("paper_scale/report.json")
@@ -620,23 +622,27 @@ row(
     "20 layers of the paper's width, 1,024 tokens, micro-batch 48 of 480",
     *before_and_now("paper48"),
 )
-*_, alone, accumulated = read_table("beside_nanogpt.log")
-theirs, ours_12 = ([float(row[i].replace(",", "")) for row in (alone, accumulated)] for i in (2, 3))
-claim("trains at # of the tokens per second of", ours_12[1] / theirs[1])
-claim("3adf61e1), # and #", ours_12[1], theirs[1])
-claim("If a step is one pass it is #", ours_12[0] / theirs[0])
+beside = {  # by micro-batch and passes: tokens per second of nanoGPT and of MatMLA, and the ratio
+    (int(first), int(passes)): [float(cell.replace(",", "")) for cell in numbers]
+    for first, passes, *numbers in read_table("beside_nanogpt.log")
+    if first.isdecimal()
+}
+claim("trains at #, # and # of the tokens per second of", *(beside[n, 40][2] for n in (12, 48, 96)))
+claim("3adf61e1), at 96 # and #", *beside[96, 40][1::-1])
+claim("If a step is one pass it is #, # and #", *(beside[n, 1][2] for n in (12, 48, 96)))
 
 
-def ms_beside_passes(speeds):
-    """Of a step, from tokens per second with 1 pass of 12 x 1,024 tokens and with 40."""
-    once, each = (12 * 1024 / speed for speed in speeds)
-    return (once - each) / (1 - 1 / 40) * 1e3
+def ms_beside_passes(micro_batch):
+    """Of a step of both, from tokens per second with 1 pass of so many x 1,024 tokens and 40."""
+    for first, second in zip(beside[micro_batch, 1][:2], beside[micro_batch, 40]):
+        yield micro_batch * 1024 * (1 / first - 1 / second) / (1 - 1 / 40) * 1e3
 
 
+of_theirs, of_ours = zip(*map(ms_beside_passes, (12, 48, 96)))
 claim(
-    "costs about # ms beside its passes here, # there",
-    ms_beside_passes(ours_12),
-    ms_beside_passes(theirs),
+    "a step costs # to # ms beside its passes here, # to # there",
+    *(min(of_ours), max(of_ours)),
+    *(min(of_theirs), max(of_theirs)),
 )
 one, two = (run["tokens_per_second"] for run in read("two_gpus.json").values())
 claim("# tokens per second and #, # times as many", one, two, two / one)
