@@ -97,7 +97,6 @@ class Joined:
             return linear.weight.unflatten(0, (a.n_h, -1))
 
         W_D = torch.cat((a.W_DQ.weight, a.W_DKV.weight, a.W_KR.weight))  # [d_cq+d_c+d_R,d]
-        W_gate_up = torch.cat((block.W_gate.weight, block.W_up.weight))  # [2·d_ff,d]
         W_Q = torch.einsum("hdc,hdq->hcq", per_head(a.W_UK), per_head(a.W_UQ))
         W_Q = torch.cat((W_Q, per_head(a.W_QR)), 1)  # [n_h,d_c+d_R,d_cq]
 
@@ -106,7 +105,9 @@ class Joined:
         self.W_O = torch.einsum(
             "ohd,hdc->ohc", a.W_O.weight.unflatten(1, (a.n_h, -1)), per_head(a.W_UV)
         ).flatten(1)  # [d,n_h·d_c]
-        self.W_gate_up = W_gate_up * block.norm_feed_forward.weight
+        self.W_gate_up = (  # [2·d_ff,d]
+            torch.cat((block.W_gate.weight, block.W_up.weight)) * block.norm_feed_forward.weight
+        )
         self.W_down = block.W_down
 
     def forward(self, x, heads, cache):
@@ -205,8 +206,9 @@ def fast(model):
     """Replace model.step by one that replays a CUDA graph wherever one new token follows others.
 
     The prompt is read as before. There is a graph for each choice of heads and for each number of
-    rows that are read: a power of two from 1,024 on, or all. The logits of a step are overwritten
-    by the next. The weights must not change any more.
+    rows that are read: a power of two from 1,024 on, or all. Heads are checked when it is made: at
+    every step that would take a GPU's time. The logits of a step are overwritten by the next. The
+    weights must not change any more.
     """
     for block in model.blocks:
         block.attention.attend = attend_one
@@ -220,16 +222,17 @@ def fast(model):
         if tokens.shape != (batch, 1) or not 0 < cache.length < min(capacity, model.config.context):
             return ordinary(tokens, heads, cache)
 
-        heads = tuple(model.layer_heads(heads, batch, cache))
         S = min(capacity, max(1024, 1 << cache.length.bit_length()))
+        key = repr(heads), S
         known = graphs.setdefault(cache[0], {})
-        if (heads, S) not in known:
-            one_each = all(len(set(budgets)) == 1 for budgets in heads)  # for the whole batch
+        if key not in known:
+            of_layers = model.layer_heads(heads, batch, cache)
+            one_each = all(len(set(budgets)) == 1 for budgets in of_layers)  # for the whole batch
             blocks = joined if one_each else model.blocks
             layers = [GraphCache(layer.rows[:, :S]) for layer in cache]
-            known[heads, S] = step_graph(model, blocks, heads, layers, tokens, cache.length)
+            known[key] = step_graph(model, blocks, of_layers, layers, tokens, cache.length)
 
-        graph_tokens, graph_length, graph, logits = known[heads, S]
+        graph_tokens, graph_length, graph, logits = known[key]
         graph_tokens.copy_(tokens)
         graph_length.fill_(cache.length)
         graph.replay()
