@@ -206,9 +206,9 @@ def fast(model):
     """Replace model.step by one that replays a CUDA graph wherever one new token follows others.
 
     The prompt is read as before. There is a graph for each choice of heads and for each number of
-    rows that are read: a power of two from 1,024 on, or all. Heads are checked when it is made: at
-    every step that would take a GPU's time. The logits of a step are overwritten by the next. The
-    weights must not change any more.
+    rows that are read: a power of two from 1,024 on, or all. Heads are checked when it is made, so
+    that a GPU need not wait for that at every step. The logits of a step are overwritten by the
+    next. The weights must not change any more.
     """
     for block in model.blocks:
         block.attention.attend = attend_one
