@@ -101,6 +101,10 @@ class Parser(argparse.ArgumentParser):
             self.error(error)
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.error(f"not enough memory {error}")
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # torch's words for it, on a CPU
+                raise
+            self.error(error)
 
 
 @contextmanager
@@ -142,7 +146,7 @@ def check_budgets(budgets, config):
     with torch.device("meta"):  # without weights
         unit = ATTENTION[config.attention](config).unit
     allowed = range(unit, config.n_h + 1, unit)
-    if not budgets or list(budgets) != sorted(set(budgets) & set(allowed), reverse=True):
+    if not budgets or list(budgets) != sorted({m for m in budgets if m in allowed}, reverse=True):
         raise UserError(
             f"budgets {budgets} must be different, the largest first, and in {[*allowed]}"
         )

@@ -128,6 +128,7 @@ def compare(folders, out, count):
     if len(texts) > 1:
         raise UserError(f"cannot compare runs on different texts: {', '.join(sorted(texts))}")
 
+    out.mkdir(parents=True, exist_ok=True)  # if that is impossible, better now than in an hour
     table = Table()
     dials = {}
     heads = {}
@@ -145,7 +146,6 @@ def compare(folders, out, count):
         dials[run.name] = dial
         heads[run.name] = {"loss": loss, "rises": rises}
 
-    out.mkdir(parents=True, exist_ok=True)
     draw_dials(dials, out / "dial.png")
     draw_heads(heads, out / "heads.png")
     source = {"text": min(texts), "windows": count}

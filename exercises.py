@@ -14,7 +14,7 @@ import ast
 import inspect
 from pathlib import Path
 
-from common import Parser, UserError
+from common import Parser, UserError, write_whole
 
 MATMLA = Path(__file__).with_name("matmla.py")
 EXERCISES = {  # title: {function: hint}
@@ -151,7 +151,8 @@ def write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         raise UserError(f"{path} is there, maybe with your answers: move or delete it first")
-    path.write_text(blank(MATMLA.read_text("utf-8")), "utf-8")
+    text = blank(MATMLA.read_text("utf-8"))
+    write_whole(path, lambda file: file.write(text.encode()))
     print(f"{len(EXERCISES)} exercises are in {path}. To grade: python grade.py {path}", flush=True)
 
 

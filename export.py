@@ -27,6 +27,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from common import Parser, UserError, heads_of, load, user_input
 from pretrained import rename
+from tokenizer import explained
 
 LATENT = {"d_c": 512, "d_R": 64, "d_h": 128}  # DeepSeek-V3's: what vLLM computes of MLA
 HEAD = 32, 64, 80, 96, 112, 128, 160, 192, 224, 256  # d_h that it computes of the others
@@ -223,10 +224,14 @@ def export(args):
     heads = args.heads or str(model.config.n_h)
     theirs = to_transformers(model, heads_of(heads), encoding.eot_token, args.program == "vllm")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=args.out.parent) as temporary:
+    tokenizer = to_tokenizer(encoding, model.config.context)
+    with (
+        explained(f"cannot write {args.out}"),  # safetensors has an error of its own for full disks
+        TemporaryDirectory(dir=args.out.parent) as temporary,
+    ):
         whole = Path(temporary, "whole")
         theirs.save_pretrained(whole)
-        to_tokenizer(encoding, model.config.context).save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
         whole.replace(args.out)  # there all at once, or not at all
     print(
         f"wrote {args.out}: a {model.config.attention} of {heads} heads, as {type(theirs).__name__}"

@@ -533,7 +533,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
     logits, tokens = logits.float().sort(descending=True, stable=True)
     logits = (logits - logits[:, :1]) / max(temperature, 1e-30)
     p = logits[:, :top_k].softmax(-1)
-    p = p * (p.cumsum(-1) - p < top_p)  # till the more likely ones have top_p
+    p = p * (p.cumsum(-1) - p < max(top_p, 1e-30))  # till the more likely ones have top_p
     i = torch.multinomial(p, 1, generator=generator)
 
     last = (p > 0).sum(-1, keepdim=True) - 1  # those that stay are the first; take no other

@@ -560,7 +560,7 @@ def test_temperature_0_and_top_k_1_and_a_tiny_top_p_are_greedy():
         decimals=1
     )  # with ties
     greedy = torch.from_numpy(logits.numpy().argmax(-1))[:, None]  # the first of them
-    for settings in (0,), (1.0, 1), (0.7, None, 1e-6):
+    for settings in (0,), (1.0, 1), (0.7, None, 1e-6), (0.7, None, 1e-60):
         assert torch.equal(matmla.sample(logits, *settings), greedy)
     top = logits.topk(5).values[:, -1:]  # at any temperature
     for temperature in (1e-300, 1e-30, 1e39, math.inf):

@@ -163,7 +163,7 @@ def read_start(args):
 def complete(args):
     """Settle what follows from other settings. UserError for what does not fit together."""
     start = args.start
-    for name in (*FIELDS, "objective", "shares", "batch", "seed", "only"):
+    for name in (*FIELDS, "objective", "shares", "batch", "seed", "only", "preset", "tokenizer"):
         if args.resume and getattr(args, name) != start["settings"][name]:
             flag, old = "--" + name.replace("_", "-"), start["settings"][name]
             raise UserError(
@@ -183,6 +183,8 @@ def complete(args):
         rounded = n if args.encoding == "bytes" else math.ceil(n / 64) * 64  # odd sizes are slow
         args.vocab_size = max(args.vocab_size, rounded)
 
+    if not (0 <= args.lr < math.inf and 0 <= args.lr_adamw < math.inf):
+        raise UserError(f"rates {args.lr} and {args.lr_adamw} must be finite, and 0 or more")
     config = make_config(vars(args))
     if not ATTENTION[config.attention].nested:
         args.budgets = (args.n_h,)
@@ -379,7 +381,7 @@ class Logbook:
 
 def build(args, world):
     """(model, its optimizers, what runs a pass), with the weights that the run starts from."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     torch.set_float32_matmul_precision("high")  # what stays in float32 may use tf32
     model = model_to_train(args).to(world.device)
     optimizers = make_optimizers(model)

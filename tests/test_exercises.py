@@ -483,6 +483,9 @@ def test_commands_write_once_grade_and_say_how_many_are_done(
     assert mine.read_text("utf-8") == BLANK
     mine.write_text(put_back(BLANK, {"to_heads": OTHERS["to_heads"]}), "utf-8-sig")
     refuses(["mine/matmla.py is there", "move or delete it"], says, exercises, "")
+    Path("whole.py.partial").symlink_to("/dev/full")
+    refuses(["cannot save whole.py"], says, exercises, "whole.py")
+    assert not Path("whole.py").exists()
     assert "return (x @ W" in mine.read_text("utf-8")
     with pytest.raises(SystemExit, match="^1$"):
         says(grade, "")

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
@@ -127,9 +129,12 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(
     assert not Path("new").exists()
 
 
-def test_a_folder_is_not_overwritten(run, refuses):
+def test_a_folder_is_not_overwritten_and_a_full_disk_leaves_none(run, refuses, monkeypatch):
     model = make("mha", torch.float32, **SIZES)
     run(model)
     before = Path("new/hf/config.json").stat()
     refuses(["new/hf exists"], run, model)
+    full = Mock(side_effect=SafetensorError("I/O error: No space left on device"))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
+    refuses(["cannot write new/full", "No space left"], run, model, "--out new/full")
     assert Path("new/hf/config.json").stat() == before and len([*Path("new").iterdir()]) == 1

@@ -18,7 +18,7 @@ HOUSE = {  # file: the most statements it may have, and what it may import of ou
     "data": (190, "tokenizer"),
     "devices": (105, "tokenizer"),
     "pretrained": (130, "matmla"),
-    "common": (165, "data devices matmla pretrained tokenizer"),
+    "common": (170, "data devices matmla pretrained tokenizer"),
     "train": (305, "common data devices matmla muon pretrained tokenizer"),
     "decode": (110, "matmla"),
     "sample": (75, "common decode devices matmla tokenizer"),
@@ -47,7 +47,7 @@ def statements(nodes):
 def test_every_file_has_at_most_as_many_statements_as_a_reader_can_bear():
     counts = {name: statements(nodes) for name, nodes in NODES.items()}
     assert not {name: counts[name] for name, (most, _) in HOUSE.items() if counts[name] > most}
-    assert sum(counts.values()) - counts["grade"] <= 2435
+    assert sum(counts.values()) - counts["grade"] <= 2440
     assert len((HERE / "matmla.py").read_text("utf-8").splitlines()) <= 540
 
 

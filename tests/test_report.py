@@ -272,6 +272,7 @@ def test_runs_on_different_texts_or_one_that_changed_are_not_compared(says, refu
     write_run("b", "mla", losses=(5.0,), data="news")
     words = ["text in windows of 13", "news in windows of 13"]
     assert not refuses(words, says, dial, "a b --out figures"), "nothing was measured in vain"
+    assert not refuses(["metrics.jsonl/x"], says, dial, "a --out a/metrics.jsonl/x")
     shutil.copy("text/train.bin", "text/val.bin")
     refuses(["text has changed since", "/a was trained"], says, dial, "b a --out figures")
     assert not Path("figures").exists()

@@ -329,7 +329,13 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_as_if_it_never_was(
 def test_too_little_memory_is_called_that_and_not_a_damaged_run(finished, monkeypatch, refuses):
     full = Mock(side_effect=torch.OutOfMemoryError("on the GPU"))
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", full)
-    refuses(["not enough memory on the GPU"], run, "--resume", "--out", "out", "--steps", "50")
+    again = "--resume --out out --steps 50".split()
+    refuses(["not enough memory on the GPU"], run, *again)
+    monkeypatch.setattr(train, "build", Mock(side_effect=RuntimeError("can't allocate memory: 9")))
+    refuses(["can't allocate memory: 9"], run, *again)
+    monkeypatch.setattr(train, "build", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(*again)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -356,7 +362,8 @@ def test_a_run_that_was_killed_between_its_two_files_is_whole_after_resume(finis
 def test_a_resumed_run_keeps_its_model_its_objective_and_its_data(finished, refuses):
     kept = settings("")
     other = {"attention": "mla", "budgets": "12,8", "objective": "sum", "shares": "3,2,2"}
-    for name in {*common.FIELDS, "objective", "shares", "batch", "seed"} - {"tie"}:
+    other |= {"preset": "small", "tokenizer": "gpt2"}
+    for name in {*common.FIELDS, *other, "batch", "seed"} - {"tie"}:
         flag, old = "--" + name.replace("_", "-"), getattr(kept, name)
         change = other.get(name) or str(2 * old + 2)
         refuses([f"{flag} {old} ", "--init"], run, "--resume", "--out", "out", flag, change)
@@ -367,7 +374,7 @@ def test_a_resumed_run_keeps_its_model_its_objective_and_its_data(finished, refu
 
 def test_another_seed_gives_other_weights():
     """The same seed gives the same, or no run would go on as if it had never stopped."""
-    one, other = (train.build(settings(f"--seed {seed}"), CPU)[0] for seed in (3, 4))
+    one, other = (train.build(settings(f"--seed {seed}"), CPU)[0] for seed in (3, 10**30))
     for p, q in zip(one.parameters(), other.parameters()):
         assert p.dim() == 1 or not torch.equal(p, q)
 
@@ -446,6 +453,9 @@ def test_diverging_run_stops_and_a_full_disk_keeps_the_old_checkpoint(finished, 
         refuses([words, "lower --lr"], run, *flags, *diverging)
     assert all(p.isfinite().all() for p in saved("kept")["model"].values())
     before = Path("kept/checkpoint.pt").read_bytes()
+    for rate in "nan", "inf", "-1":
+        refuses(["must be finite, and 0"], run, *flags, "--overwrite", f"--lr={rate}")
+        refuses(["must be finite, and 0"], run, *flags, "--overwrite", f"--lr-adamw={rate}")
     Path("kept/checkpoint.pt.partial").symlink_to("/dev/full")
     refuses(["cannot save kept/checkpoint.pt", "No space left"], run, *flags, "--overwrite")
     assert Path("kept/checkpoint.pt").read_bytes() == before
