@@ -91,7 +91,6 @@ class Joined:
 
     def __init__(self, block):
         a = self.attention = block.attention
-        self.eps = a.norm_Q.eps
 
         def per_head(linear):
             return linear.weight.unflatten(0, (a.n_h, -1))
@@ -116,19 +115,19 @@ class Joined:
         position = cache.length
         m = heads[0]
 
-        c_Q, c_KV, k_R = normed_linear(x, self.W_D, self.eps).split(
+        c_Q, c_KV, k_R = normed_linear(x, self.W_D, a.norm_Q.eps).split(
             (self.W_Q.shape[1], a.d_c, a.d_R), -1
         )
         k_R = rope(k_R.unsqueeze(2), position, a.rope_base).flatten(2)
         k = cache.append(torch.cat((a.norm_KV(c_KV), k_R), -1)).unsqueeze(2)  # [B,S,1,d_c+d_R]
 
-        q = normed_linear(c_Q, self.W_Q[: m * (a.d_c + a.d_R)], self.eps)
+        q = normed_linear(c_Q, self.W_Q[: m * (a.d_c + a.d_R)], a.norm_Q.eps)
         q_latent, q_R = q.unflatten(-1, (m, -1)).split((a.d_c, a.d_R), -1)
         q = torch.cat((q_latent, rope(q_R, position, a.rope_base)), -1)  # [B,1,m,d_c+d_R]
         o = a.attend(q, k, k, position, a.scale)[..., : a.d_c]
         x = x + F.linear(o.flatten(2), self.W_O[:, : m * a.d_c])
 
-        gate, up = normed_linear(x, self.W_gate_up, self.eps).chunk(2, -1)
+        gate, up = normed_linear(x, self.W_gate_up, a.norm_Q.eps).chunk(2, -1)
         return x + self.W_down(F.silu(gate) * up)
 
 
@@ -206,9 +205,8 @@ def fast(model):
     """Replace model.step by one that replays a CUDA graph wherever one new token follows others.
 
     The prompt is read as before. There is a graph for each choice of heads and for each number of
-    rows that are read: a power of two from 1,024 on, or all. Heads are checked when it is made, so
-    that a GPU need not wait for that at every step. The logits of a step are overwritten by the
-    next. The weights must not change any more.
+    rows that are read: a power of two from 1,024 on, or all. The logits of a step are overwritten
+    by the next. The weights must not change any more.
     """
     for block in model.blocks:
         block.attention.attend = attend_one
@@ -222,17 +220,18 @@ def fast(model):
         if tokens.shape != (batch, 1) or not 0 < cache.length < min(capacity, model.config.context):
             return ordinary(tokens, heads, cache)
 
-        S = min(capacity, max(1024, 1 << cache.length.bit_length()))
-        key = repr(heads), S
         known = graphs.setdefault(cache[0], {})
-        if key not in known:
-            of_layers = model.layer_heads(heads, batch, cache)
-            one_each = all(len(set(budgets)) == 1 for budgets in of_layers)  # for the whole batch
+        if repr(heads) not in known:  # to check them at every step would let the GPU wait
+            known[repr(heads)] = tuple(model.layer_heads(heads, batch, cache))
+        heads = known[repr(heads)]
+        S = min(capacity, max(1024, 1 << cache.length.bit_length()))
+        if (heads, S) not in known:
+            one_each = all(len(set(budgets)) == 1 for budgets in heads)  # for the whole batch
             blocks = joined if one_each else model.blocks
             layers = [GraphCache(layer.rows[:, :S]) for layer in cache]
-            known[key] = step_graph(model, blocks, of_layers, layers, tokens, cache.length)
+            known[heads, S] = step_graph(model, blocks, heads, layers, tokens, cache.length)
 
-        graph_tokens, graph_length, graph, logits = known[key]
+        graph_tokens, graph_length, graph, logits = known[heads, S]
         graph_tokens.copy_(tokens)
         graph_length.fill_(cache.length)
         graph.replay()

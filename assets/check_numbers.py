@@ -109,6 +109,12 @@ def distance(report, name, kind="val_loss"):
     return max(max(both) - min(both) for both in losses)
 
 
+def loss_and_spread(report, name):
+    """The mean losses, and half the distance of the seeds, if there is more than one: a list."""
+    several = len(seeds(report, name)) > 1
+    return loss(report, name) + ([distance(report, name) / 2] if several else [])
+
+
 def above(a, b):
     """By how many percent the numbers of a are higher than those of b."""
     return [100 * (x / y - 1) for x, y in zip(a, b, strict=True)]
@@ -180,7 +186,7 @@ claim("DeepSeek-V3 leaves # bytes", SIZES["published"]["DeepSeek-V3"]["bytes mea
 section("README.md", "The paper, and what we do otherwise")
 ours = perplexity(LARGE, "mat"), perplexity(LARGE, "layers")
 mla = [perplexity(LARGE, f"mla{m}")[0] for m in PAPER]
-columns = *ours[:1], mla, above(ours[0], mla), ours[1]
+columns = ours[0], mla, above(ours[0], mla), ours[1]
 for (m, paper), behind, *numbers in zip(PAPER.items(), PAPER_BEHIND, *columns, strict=True):
     row(str(m), *paper, behind, *numbers)
 claim("Ours, after # tokens of other text", LARGE["mat.0"]["tokens"])
@@ -227,10 +233,8 @@ def of_large(name, *theirs):
     """A row of the table for one model: what it cost, what came out, and the paper's."""
     run = LARGE[f"{name}.0"]
     cost = run["parameters"], run["flops"], run["tokens_per_second"], 100 * run["mfu"]
-    losses = loss(LARGE, name)
-    if len(seeds(LARGE, name)) > 1:
-        losses.append(distance(LARGE, name) / 2)
-    return *cost, run["memory"] / 2**30, *losses, *perplexity(LARGE, name), *theirs
+    came_out = *loss_and_spread(LARGE, name), *perplexity(LARGE, name)
+    return *cost, run["memory"] / 2**30, *came_out, *theirs
 
 
 for m in PAPER:
@@ -245,12 +249,11 @@ claim("beats the paper's** by #, # and #% of perplexity", *below(*ours))
 
 def apart_after(step, worse, better):
     """How much higher the mean loss of one model was than another's, at 12 heads, at a step."""
-    means = []
-    for name in worse, better:
-        logs = (read(f"paper/{run}.jsonl") for run in LARGE if run.startswith(f"{name}."))
-        looks = [x for log in logs for x in log if "val_loss" in x and x["step"] == step]
-        means.append(fmean(look["val_loss"]["12"] for look in looks))
-    return means[0] - means[1]
+    report = {}  # of the runs as they were then
+    for run in LARGE:
+        log = read(f"paper/{run}.jsonl")
+        report[run] = next(x for x in log if "val_loss" in x and x["step"] == step)
+    return loss(report, worse)[0] - loss(report, better)[0]
 
 
 claim(
@@ -336,11 +339,8 @@ def losses_and_perplexity(name):
     """What the table has of a model: at both rates losses and half their distance, and the end."""
     numbers = [seeds(SMALL, name)[0]["flops"]]
     for rate in name, f"{name}-003":
-        runs = seeds(SMALL, rate)
-        if runs:
-            numbers += loss(SMALL, rate)
-        if len(runs) > 1:
-            numbers.append(distance(SMALL, rate) / 2)
+        if seeds(SMALL, rate):
+            numbers += loss_and_spread(SMALL, rate)
     return numbers + best(name)
 
 
@@ -643,8 +643,10 @@ def ms_beside_passes(micro_batch):
 of_theirs, of_ours = zip(*map(ms_beside_passes, (12, 48, 96)))
 claim(
     "a step costs # to # ms beside its passes here, # to # there",
-    *(min(of_ours), max(of_ours)),
-    *(min(of_theirs), max(of_theirs)),
+    min(of_ours),
+    max(of_ours),
+    min(of_theirs),
+    max(of_theirs),
 )
 one, two = (run["tokens_per_second"] for run in read("two_gpus.json").values())
 claim("# tokens per second and #, # times as many", one, two, two / one)

@@ -109,7 +109,7 @@ def test_a_graph_for_every_choice_of_heads_and_doubling_of_the_rows_is_freed_wit
 ):
     model = make("matmla", context=5000)
     # The tokens stand at 1022 to 1026.
-    cache = compare(model, [6, 4, [6, 4], 6, 6], start=1022, capacity=3000)
+    cache = compare(model, [6, 4, [6, 4], None, 6], start=1022, capacity=3000)
     assert captured == [[1024, 1024], [1024, 1024], [2048, 2048], [2048, 2048]]
     rows = weakref.ref(cache[0].rows)
     del cache

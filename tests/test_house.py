@@ -18,7 +18,7 @@ HOUSE = {  # file: the most statements it may have, and what it may import of ou
     "data": (190, "tokenizer"),
     "devices": (105, "tokenizer"),
     "pretrained": (130, "matmla"),
-    "common": (170, "data devices matmla pretrained tokenizer"),
+    "common": (167, "data devices matmla pretrained tokenizer"),
     "train": (305, "common data devices matmla muon pretrained tokenizer"),
     "decode": (110, "matmla"),
     "sample": (75, "common decode devices matmla tokenizer"),
