@@ -272,7 +272,11 @@ claim("An MLA with 12 is, by #%", *below(mla[:1], mla[1:2]))
 cost = [[LARGE[f"{name}.0"]["flops"]] for name in ("mla8", "mat")]
 claim("takes #% fewer operations than one MatMLA", *below(*cost))
 assert mla[1] < min(ours[0])
-for words, name in ("of MatMLA differ", "mat"), ("of the paper's draws", "layers"):
+for words, name in (
+    ("seeds of MLA differ", "mla12"),
+    ("those of MatMLA", "mat"),
+    ("those of the paper's draws", "layers"),
+):
     first, second = (run["val_loss"]["12"] for run in seeds(LARGE, name))
     claim(f"{words} by #", abs(first - second))
 claim("the paper reports #, # and #%.", *PAPER_BEHIND)
