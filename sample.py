@@ -21,13 +21,16 @@ from tokenizer import TextStream, UserError
 
 
 def read_heads(text, n, model):
-    """--heads as a schedule, with the heads of each of n new tokens; 4 is short for 4:*.
+    """--heads for n new tokens, as keywords of GPT.stream: heads, or a schedule for "12:64,4:*".
 
-    UserError or ValueError if it is for more or fewer tokens, or for heads that the model has not.
+    ValueError if it is neither, for more or fewer tokens, or for heads that the model has not.
     """
+    if ":" not in text:
+        model.layer_heads(heads_of(text), 1)
+        return {"heads": heads_of(text)}
+
     schedule = []
-    parts = text.split(",") if ":" in text else [f"{text}:*"]
-    for part in parts:
+    for part in text.split(","):
         heads, _, count = part.partition(":")
         left = n - len(schedule)
         if count == "*":
@@ -40,7 +43,7 @@ def read_heads(text, n, model):
         schedule += [heads_of(heads)] * int(count)
     if len(schedule) < n:
         raise UserError(f"--heads {text} is for {len(schedule)} tokens, but --tokens is {n}")
-    return schedule
+    return {"schedule": schedule}
 
 
 def write_samples(args):
@@ -54,12 +57,12 @@ def write_samples(args):
 
     # What cannot be is refused here, before anything is written.
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    choices = [{"heads": m} for m in model.config.budgets] if args.compare else [{}]
+    choices = [{"heads": m} for m in model.config.budgets]
     with user_input():
         args.prompt.encode()  # what a command line has in another encoding is no text
         sample(torch.zeros(1, 1), **sampling)
-        if args.heads != "all":
-            choices = [{"schedule": read_heads(args.heads, args.tokens, model)}]
+        if not args.compare:
+            choices = [{} if args.heads == "all" else read_heads(args.heads, args.tokens, model)]
     prompt = torch.tensor([encoding.encode_ordinary(args.prompt)], dtype=torch.long, device=device)
     if prompt.numel() == 0:
         raise UserError("--prompt has 0 tokens to continue")

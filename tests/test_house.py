@@ -21,7 +21,7 @@ HOUSE = {  # file: the most statements it may have, and what it may import of ou
     "common": (167, "data devices matmla pretrained tokenizer"),
     "train": (305, "common data devices matmla muon pretrained tokenizer"),
     "decode": (110, "matmla"),
-    "sample": (70, "common decode devices matmla tokenizer"),
+    "sample": (75, "common decode devices matmla tokenizer"),
     "report": (120, "common data devices tokenizer"),
     "dial": (110, "common devices matmla report tokenizer"),
     "bench_cache": (165, "common decode devices matmla tokenizer"),

@@ -83,6 +83,11 @@ def test_a_character_of_several_tokens_is_written_whole(model, says, monkeypatch
     assert says(sample, "--device cpu --prompt a") == "aé日?\ufffd\n"
 
 
+def test_a_text_need_not_be_short(model, says, monkeypatch):
+    monkeypatch.setattr(GPT, "stream", lambda *arguments, **keywords: iter([torch.tensor([98])]))
+    assert says(sample, f"--device cpu --prompt a --heads 4 --tokens {10**12}") == "ab\n"
+
+
 class Foreign(io.TextIOBase):
     """Standard output as in a notebook: not of the kind that Python opens itself."""
 
